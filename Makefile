@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` work on a fresh machine with Python, pip, make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: quickstart test test-slow check format clean
+
+$(VENV)/.run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.run
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev,notebooks]'
+	touch $@
+
+quickstart: $(VENV)/.run  ## train a small model from nothing and watch it learn
+	$(BIN)/python -m rljax.main --config configs/quickstart.py
+
+test: $(VENV)/.dev  ## what continuous integration runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+test-slow: $(VENV)/.dev  ## kills, processes, learning controls: before calling something done
+	$(BIN)/python -m pytest -q -m slow --durations=15
+
+check: $(VENV)/.dev  ## the inner loop
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy rljax
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m fast
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

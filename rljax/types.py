@@ -1,0 +1,74 @@
+"""What crosses a module boundary, the axis legend and the alignment rule.
+
+Axes, one letter each, everywhere in the library:
+
+    B sequences   T tokens      P prompt       C completion   V vocabulary   L layers
+    D width       N query heads K kv heads     H head width   F feed-forward
+    G group       R requests    S slots
+
+Alignment. Entry ``t`` of every per-token array describes ``tokens[:, t]``: ``logprobs[:, t]`` is the log-probability of
+``tokens[:, t]`` given what stands before it, ``values[:, t]`` is read at the position that predicts it. Column 0 is
+predicted by nothing and is masked. Prompts are left-padded, completions stand to their right, so one column separates
+the two in every row.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+FINISH_LENGTH = 0  # the budget ran out
+FINISH_END = 1  # an end token was sampled; it is part of the completion
+
+
+class Prompts(NamedTuple):
+    """Requests for a rollout. A row's identity, not its place, decides its random numbers."""
+
+    tokens: Int[Array, "b p"]  # left-padded
+    valid: Bool[Array, "b p"]
+    prompt_id: Int[Array, " b"]  # which prompt of the data set
+    sample_id: Int[Array, " b"]  # which of the group's samples
+
+
+class Rollout(NamedTuple):
+    """What a sampler returns. ``behavior_logprobs`` is stored here once and never recomputed."""
+
+    tokens: Int[Array, "b t"]
+    valid: Bool[Array, "b t"]  # a real token, prompt or completion
+    loss_mask: Bool[Array, "b t"]  # sampled by the policy, the end token included
+    behavior_logprobs: Float[Array, "b t"]
+    support: Float[Array, "b t"]  # the lowest scaled logit that truncated sampling kept; -inf: the whole vocabulary
+    finish_reason: Int[Array, " b"]
+    prompt_id: Int[Array, " b"]
+    sample_id: Int[Array, " b"]
+    group_id: Int[Array, " b"]  # rows of one prompt in this rollout share it
+    step_version: Int[Array, " b"]  # the optimizer step whose parameters sampled the row
+
+
+class Experience(NamedTuple):
+    """A rollout after scoring: what an algorithm's ``targets`` reads. Unneeded entries are None."""
+
+    rollout: Rollout
+    rewards: Float[Array, " b"]
+    correct: Bool[Array, " b"]
+    ref_logprobs: Float[Array, "b t"] | None = None
+    proximal_logprobs: Float[Array, "b t"] | None = None
+    values: Float[Array, "b t"] | None = None
+    dense_rewards: Float[Array, "b t"] | None = None
+
+
+class Outputs(NamedTuple):
+    """What one head pass over a micro-batch gives an algorithm's ``loss``; entries it did not ask for are None."""
+
+    logprobs: Float[Array, "b t"]
+    entropy: Float[Array, "b t"] | None = None
+    values: Float[Array, "b t"] | None = None
+
+
+class Term(NamedTuple):
+    """One summand of a loss. The trainer divides, after summing over micro-batches and devices."""
+
+    numerator: Float[Array, ""]  # a sum over this micro-batch
+    denominator: str  # the name of a count that ``prepare`` made for the whole optimizer step; "" for none
+    coef: float = 1.0  # 0 makes the term a metric

@@ -1,0 +1,102 @@
+"""The one door for attention, and the two ways to call it: whole rows, and a step against a cache."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rljax.sharding import Layout
+
+# attend(q, k, v, cache, layer) -> (output, cache): what a block calls; who calls the skeleton decides what it does.
+Attend = Callable[[Array, Array, Array, Any, Array], tuple[Array, Any]]
+
+QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that scores never take T x T
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, in the loop's carry and written in place. [L, B, K, T, H] decodes fastest."""
+
+    k: Float[Array, "l b k t h"]
+    v: Float[Array, "l b k t h"]
+
+
+def attention(
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b k s h"],
+    v: Float[Array, "b k s h"],
+    visible: Bool[Array, "b t s"],
+    scale: float,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention with grouped kv heads; scores and softmax in float32. A query that sees nothing gets a mean."""
+    b, t, n, h = q.shape
+    groups = q.reshape(b, t, k.shape[1], n // k.shape[1], h)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btkgh,bksh->bkgts", groups, k, preferred_element_type=wide) * scale
+    # Finite, so that rows of padding stay finite and their zero cotangents do not become NaN.
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min / 2)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=wide)
+    return out.reshape(b, t, n, h).astype(q.dtype)
+
+
+def visibility(
+    query_positions: Int[Array, "b t"],
+    key_positions: Int[Array, "b s"],
+    query_segments: Int[Array, "b t"],
+    key_segments: Int[Array, "b s"],
+    window: int | None,
+) -> Bool[Array, "b t s"]:
+    """Causal, inside one segment (0 is padding), and at most ``window`` positions back."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def replicate_kv(x: Float[Array, "b t k h"], layout: Layout) -> Float[Array, "b t k2 h"]:
+    """Where tensor exceeds the kv heads each is repeated in its group, so that every shard holds the one it needs."""
+    repeats = max(1, layout.tensor // x.shape[2])
+    return layout.constrain(jnp.repeat(x, repeats, axis=2), "batch", None, "kv_heads", None)
+
+
+def full_attend(
+    positions: Int[Array, "b t"], segments: Int[Array, "b t"], window: int | None, layout: Layout, scale: float
+) -> Attend:
+    """Whole rows at once, as training and scoring need them: no cache."""
+
+    def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
+        k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
+        length = q.shape[1]
+
+        def rows(q: Array, query_positions: Array, query_segments: Array) -> Array:
+            seen = visibility(query_positions, positions, query_segments, segments, window)
+            return attention(q, k, v, seen, scale)
+
+        if length <= QUERY_CHUNK or length % QUERY_CHUNK:
+            return rows(q, positions, segments), cache
+        chunks = length // QUERY_CHUNK
+        split = [
+            x.reshape(x.shape[0], chunks, QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1) for x in (q, positions, segments)
+        ]
+        out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), tuple(split))
+        return out.swapaxes(0, 1).reshape(q.shape), cache
+
+    return attend
+
+
+def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], layout: Layout, scale: float) -> Attend:
+    """Write this call's keys and values at column ``start`` of every row, then attend over the cache."""
+
+    def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+        k, v = (replicate_kv(x, layout).swapaxes(1, 2)[None] for x in (k, v))
+        at = (layer, 0, 0, start, 0)
+        cache = Cache(
+            jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
+            jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
+        )
+        length = visible.shape[-1]
+        mine = [jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)[:, :, :length] for x in cache]
+        return attention(q, mine[0], mine[1], visible, scale), cache
+
+    return attend

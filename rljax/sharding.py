@@ -1,0 +1,168 @@
+"""The one place that knows the mesh: its axes, the rules from logical to mesh axes, and host <-> global arrays."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# Outermost first: replica crosses slices and the data-centre network, tensor the fastest links.
+MESH_AXES = ("replica", "fsdp", "tensor")
+BATCH_AXES = ("replica", "fsdp")
+
+# A vocabulary-sharded head needs equal shards, and the sampler's blocks of 128 must not straddle them.
+VOCAB_BLOCK = 128
+
+MeshAxes = str | tuple[str, ...] | None
+Rules = tuple[tuple[str, MeshAxes], ...]
+
+_SHARED_RULES: Rules = (
+    ("batch", BATCH_AXES),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("ffn", "tensor"),
+)
+TRAIN_RULES: Rules = (*_SHARED_RULES, ("embed", "fsdp"))
+# While decoding every data shard holds whole weights but for the tensor axis: no collective crosses data shards.
+DECODE_RULES: Rules = _SHARED_RULES
+
+
+class MeshError(ValueError):
+    """A mesh string that the devices or the model do not allow."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with the rules that place logical axes on it: a static argument of every compiled program."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.shape["tensor"]
+
+    @property
+    def data_shards(self) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
+        """The spec of an array with these logical axes. With ``shape``, a dimension that does not divide is replicated."""
+        table = dict(self.rules)
+        entries = [table.get(axis) if axis else None for axis in axes]
+        if shape is not None:
+            entries = [e if size % self._degree(e) == 0 else None for e, size in zip(entries, shape, strict=True)]
+        return PartitionSpec(*entries)
+
+    def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Rows over the data axes, everything else whole."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Pin an activation's layout; axes that are manual in the current region (``shard_map``) are dropped."""
+        context = jax.sharding.get_abstract_mesh()
+        manual = frozenset(context.manual_axes)
+        spec = self.spec(axes, x.shape if not manual else None)
+        if manual:
+            spec = PartitionSpec(*(_without(entry, manual) for entry in spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(context if manual else self.mesh, spec))
+
+    def _degree(self, entry: MeshAxes) -> int:
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return math.prod(self.mesh.shape[name] for name in names)
+
+
+def _without(entry: MeshAxes, manual: frozenset[str]) -> MeshAxes:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(name for name in names if name not in manual) or None
+
+
+def parse_mesh(text: str, device_count: int) -> tuple[int, ...]:
+    """``"1,-1,4"`` or ``"fsdp:-1,tensor:4"`` to sizes of (replica, fsdp, tensor); one -1 takes what is left.
+
+    Raises MeshError where the string is malformed or does not multiply to the number of devices.
+    """
+    fields = [field.strip() for field in text.split(",")]
+    try:
+        if any(":" in field for field in fields):
+            named = dict(field.split(":") for field in fields)
+            unknown = sorted(set(named) - set(MESH_AXES))
+            if unknown:
+                raise MeshError(f"mesh {text!r}: no axis named {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
+            sizes = [int(named.get(axis, 1)) for axis in MESH_AXES]
+        else:
+            sizes = [int(field) for field in fields]
+    except ValueError as error:
+        if isinstance(error, MeshError):
+            raise
+        raise MeshError(f"mesh {text!r} is not like '1,-1,4' or 'fsdp:-1,tensor:4'") from None
+    if len(sizes) != len(MESH_AXES) or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise MeshError(
+            f"mesh {text!r} needs {len(MESH_AXES)} positive sizes ({','.join(MESH_AXES)}), at most one of them -1"
+        )
+    known = math.prod(size for size in sizes if size != -1)
+    if device_count % known or (-1 not in sizes and known != device_count):
+        raise MeshError(
+            f"mesh {text!r} takes {'a multiple of ' * (-1 in sizes)}{known} devices and there are {device_count}"
+        )
+    return tuple(device_count // known if size == -1 else size for size in sizes)
+
+
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of Auto axes over all devices; with several TPU slices the replica axis lies on the network between them."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = parse_mesh(text, len(devices))
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        if sizes[0] % slices:
+            raise MeshError(f"mesh {text!r}: its replica size {sizes[0]} must be a multiple of the {slices} slices")
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:])), devices=devices
+        )
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices=devices)
+    else:
+        grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def refactor_mesh(mesh: Mesh, text: str) -> Mesh:
+    """Another factorisation of the same devices in the same order, as a rollout mesh must be."""
+    devices = mesh.devices.flatten()
+    return Mesh(
+        devices.reshape(parse_mesh(text, devices.size)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A global array from a host array that every process holds whole; each process copies only its own shards."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def owned_rows(sharding: NamedSharding, rows: int, process_index: int) -> np.ndarray:
+    """The rows whose lowest holder is this process: it alone decodes and rewards them. Bool, shape [rows]."""
+    owner = np.full(rows, np.iinfo(np.int32).max)
+    for device, index in sharding.devices_indices_map((rows,)).items():
+        owner[index[0]] = np.minimum(owner[index[0]], device.process_index)
+    return owner == process_index
+
+
+def agree(value: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The same value on every process: ``reduce`` over the processes' stacked values. Without peers it costs nothing."""
+    if jax.process_count() == 1:
+        return reduce(np.asarray(value)[None])
+    from jax.experimental import multihost_utils
+
+    return reduce(np.asarray(multihost_utils.process_allgather(np.asarray(value))))

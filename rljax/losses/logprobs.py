@@ -1,0 +1,279 @@
+"""Log-probabilities and entropy: from logits, and from hidden states and a head without a [tokens, vocabulary] buffer.
+
+Everywhere the distribution is ``softmax(logits / temperature)`` in float32 (float64 stays float64).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from rljax.losses.masked import at_least_float32, masked_sum
+
+
+class LogprobStats(NamedTuple):
+    """What one pass over the vocabulary gives each token, in float32; ``entropy`` is None if not asked for."""
+
+    logprobs: Float[Array, "*n"]
+    entropy: Float[Array, "*n"] | None
+
+
+def log_normalizer(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
+    """``log Σ_v exp(logits_v)``."""
+    return jax.nn.logsumexp(at_least_float32(logits), axis=-1)
+
+
+def token_logprobs(
+    logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], temperature: float = 1.0
+) -> Float[Array, "*n"]:
+    """``log softmax(logits / temperature)[token]``; ``logits[t]`` is what *predicts* ``tokens[t]``.
+
+    A token outside the vocabulary gets a finite number without meaning: mask it.
+    """
+    scaled = at_least_float32(logits) / temperature
+    return _select(scaled, _is_token(scaled, tokens)) - log_normalizer(scaled)
+
+
+def truncated_logprobs(
+    logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], support: Float[Array, "*n"], temperature: float = 1.0
+) -> Float[Array, "*n"]:
+    """Log-probs renormalised on the kept set of truncated sampling, ``{v: logits_v / temperature >= support}``.
+
+    ``support`` is -inf where nothing was cut. The token itself always belongs to the set: it was sampled from it, and
+    rounding must not push it out.
+    """
+    scaled = at_least_float32(logits) / temperature
+    is_token = _is_token(scaled, tokens)
+    return _select(scaled, is_token) - log_normalizer(_keep(scaled, support, is_token))
+
+
+def entropy(logits: Float[Array, "*n v"], temperature: float = 1.0) -> Float[Array, "*n"]:
+    """``-Σ_v p_v log p_v`` in nats, over the full vocabulary; logits of -inf count as absent."""
+    return _entropy(at_least_float32(logits) / temperature)
+
+
+def sequence_logprobs(logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
+    """Sum of the kept tokens' log-probs; an empty row gives 0."""
+    return masked_sum(logprobs, mask, axis=-1)
+
+
+def _is_token(logits: Array, tokens: Array) -> Array:
+    # A comparison, not a gather: the partitioner keeps a sharded vocabulary where it is.
+    return lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1) == tokens[..., None]
+
+
+def _select(logits: Array, is_token: Array) -> Array:
+    return jnp.sum(jnp.where(is_token, logits, 0), axis=-1)
+
+
+def _keep(scaled: Array, support: Array, is_token: Array) -> Array:
+    return jnp.where((scaled >= support[..., None]) | is_token, scaled, -jnp.inf)
+
+
+def _entropy(scaled: Array) -> Array:
+    shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
+    weights = jnp.exp(shifted)
+    total = jnp.sum(weights, axis=-1)
+    finite = jnp.where(jnp.isneginf(shifted), 0, shifted)
+    return jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
+
+
+def chunked_logprobs(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"],
+    targets: Int[Array, " n"],
+    *,
+    chunk_size: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    support: Float[Array, " n"] | None = None,
+    with_entropy: bool = False,
+) -> LogprobStats:
+    """Log-probs (on ``support`` if given) and entropy (of the full distribution) of ``targets``; no [n, v] buffer.
+
+    A scan over chunks of at most ``chunk_size`` tokens whose derivative is written by hand: the forward pass keeps
+    numbers per token only, the backward pass computes the chunk's logits again. Rows of ``head`` from ``vocab_size`` on
+    are padding. ``head`` may be wider than ``hidden`` (float32 parameters, bfloat16 compute): products take operands
+    in ``hidden``'s dtype and accumulate in float32, and so does the gradient of ``head``. Under ``jit`` it follows the
+    shardings of ``hidden`` over n and ``head`` over v; inside ``shard_map`` over the data axes the gradient of ``head``
+    is reduced once instead of once a chunk.
+    """
+    _check(hidden, head, chunk_size, vocab_size, temperature)
+    head = _varying_like(head, hidden)
+    if support is None:
+        support = jnp.full_like(targets, -jnp.inf, dtype=at_least_float32(hidden[:0]).dtype)
+        truncated = False
+    else:
+        truncated = True
+    options = _Options(chunk_size, temperature, vocab_size or head.shape[0], truncated, with_entropy)
+    logprobs, entropies = _chunked(options, hidden, head, targets, support)
+    return LogprobStats(logprobs, entropies if with_entropy else None)
+
+
+def reduce_logits_in_chunks(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"],
+    reducer: Callable[..., Any],
+    rows: tuple[Any, ...] = (),
+    *,
+    chunk_size: int,
+    vocab_size: int | None = None,
+) -> Any:
+    """``reducer(logits, *rows)`` for what needs whole rows of logits (exact KL, Jensen-Shannon, a second head).
+
+    ``rows`` are pytrees of [n, ...] arrays cut along with ``hidden``; ``reducer`` sees chunks of them beside float32
+    logits [chunk, v] and returns a pytree of [chunk, ...] arrays, which come back as [n, ...]. Each chunk is
+    rematerialised in the backward pass, so nothing of size [n, v] is saved. What ``reducer`` closes over gets gradients
+    too; for a second head call ``head_logits`` in it.
+    """
+    _check(hidden, head, chunk_size, vocab_size, 1.0)
+    head = at_least_float32(_varying_like(head, hidden))  # its gradient is summed over chunks
+
+    @jax.checkpoint
+    def chunk(arrays):
+        hidden_chunk, rows_chunk = arrays
+        return reducer(head_logits(hidden_chunk, head, vocab_size=vocab_size), *rows_chunk)
+
+    n = hidden.shape[0]
+    chunks = jax.tree.map(partial(_split, chunk_size=chunk_size), (hidden, rows))
+    return jax.tree.map(partial(_join, n=n), lax.map(chunk, chunks))
+
+
+def head_logits(
+    hidden: Float[Array, "n d"], head: Float[Array, "v d"], *, vocab_size: int | None = None
+) -> Float[Array, "n v"]:
+    """``hidden · headᵀ`` in float32, -inf from ``vocab_size`` on; cotangents are cast to ``hidden``'s dtype."""
+    return _hide_padding(_product(hidden, head), vocab_size or head.shape[0])
+
+
+@jax.custom_vjp
+def _product(hidden: Array, head: Array) -> Array:
+    return _dot(hidden, head.astype(hidden.dtype), (1, 1))
+
+
+def _product_fwd(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(hidden, head), (hidden, head)
+
+
+def _product_bwd(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    hidden, head = saved
+    d_hidden, d_head = _product_transposed(cotangent, hidden, head.astype(hidden.dtype))
+    return d_hidden, d_head.astype(head.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _product_transposed(cotangent: Array, hidden: Array, head: Array) -> tuple[Array, Array]:
+    """Cotangents of ``hidden`` (in its dtype) and ``head`` (float32); both operands of both products in one dtype."""
+    cotangent = cotangent.astype(hidden.dtype)
+    return _dot(cotangent, head, (1, 0)).astype(hidden.dtype), _dot(cotangent, hidden, (0, 0))
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
+
+
+def _hide_padding(logits: Array, vocab_size: int) -> Array:
+    if vocab_size == logits.shape[-1]:
+        return logits
+    return jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < vocab_size, logits, -jnp.inf)
+
+
+class _Options(NamedTuple):
+    chunk_size: int
+    temperature: float
+    vocab_size: int
+    truncated: bool
+    with_entropy: bool
+
+
+def _scaled_logits(options: _Options, hidden: Array, head: Array) -> Array:
+    return _hide_padding(_dot(hidden, head, (1, 1)) / options.temperature, options.vocab_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(options: _Options, hidden: Array, head: Array, targets: Array, support: Array) -> tuple[Array, Array]:
+    return _chunked_fwd(options, hidden, head, targets, support)[0]
+
+
+def _chunked_fwd(options, hidden, head, targets, support):
+    compute_head = head.astype(hidden.dtype)
+
+    def chunk(arrays):
+        hidden_chunk, targets_chunk, support_chunk = arrays
+        scaled = _scaled_logits(options, hidden_chunk, compute_head)
+        is_token = _is_token(scaled, targets_chunk)
+        full = log_normalizer(scaled)
+        kept = log_normalizer(_keep(scaled, support_chunk, is_token)) if options.truncated else full
+        nats = _entropy(scaled) if options.with_entropy else jnp.zeros_like(full)
+        return _select(scaled, is_token) - kept, nats, full, kept
+
+    split = partial(_split, chunk_size=options.chunk_size)
+    results = lax.map(chunk, (split(hidden), split(targets), split(support)))
+    logprobs, nats, full, kept = (_join(x, hidden.shape[0]) for x in results)
+    return (logprobs, nats), (hidden, head, targets, support, full, kept, nats)
+
+
+def _chunked_bwd(options, saved, cotangents):
+    hidden, head, targets, support, full, kept, nats = saved
+    compute_head = head.astype(hidden.dtype)
+
+    def chunk(d_head, arrays):
+        hidden_chunk, targets_chunk, support_chunk, full, kept, nats, d_logprobs, d_nats = arrays
+        scaled = _scaled_logits(options, hidden_chunk, compute_head)
+        is_token = _is_token(scaled, targets_chunk)
+        inside = _keep(scaled, support_chunk, is_token) if options.truncated else scaled
+        # d logprob / d z_v = 1[v = token] - q_v on the kept set, d H / d z_v = -p_v (log p_v + H) on the whole.
+        d_scaled = d_logprobs[:, None] * (is_token - jnp.exp(inside - kept[:, None]))
+        if options.with_entropy:
+            logp = scaled - full[:, None]
+            surprise = jnp.where(jnp.isneginf(logp), 0, logp) + nats[:, None]
+            d_scaled -= d_nats[:, None] * jnp.exp(logp) * surprise
+        d_hidden, d_head_chunk = _product_transposed(d_scaled / options.temperature, hidden_chunk, compute_head)
+        return d_head + d_head_chunk, d_hidden
+
+    split = partial(_split, chunk_size=options.chunk_size)
+    chunks = jax.tree.map(split, (hidden, targets, support, full, kept, nats, *cotangents))
+    start = jnp.zeros_like(head, dtype=full.dtype)
+    d_head, d_hidden = lax.scan(chunk, start, chunks)
+    return _join(d_hidden, hidden.shape[0]), d_head.astype(head.dtype), None, jnp.zeros_like(support)
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _split(x: Array, chunk_size: int) -> Array:
+    """[n, ...] to [chunks, rows, ...], zero-padded; strided over n, so that a sharded n is sharded in every chunk."""
+    n = x.shape[0]
+    chunks = max(1, -(-n // chunk_size))
+    rows = -(-n // chunks)
+    x = jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(rows, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x: Array, n: int) -> Array:
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
+
+
+def _varying_like(head: Array, hidden: Array) -> Array:
+    """Inside ``shard_map``: ``head`` varying over the axes of ``hidden``, so that its gradient is summed over them."""
+    return head + jnp.zeros_like(hidden, shape=(), dtype=head.dtype)  # the compiler drops the sum, not the type
+
+
+def _check(hidden: Array, head: Array, chunk_size: int, vocab_size: int | None, temperature: float) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(f"hidden {hidden.shape} and head {head.shape} must be [n, d] and [v, d] with one width d")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; give the tokens of a chunk, at least 1")
+    if vocab_size is not None and not 1 <= vocab_size <= head.shape[0]:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not fit a head of {head.shape[0]} rows; give 1 to {head.shape[0]}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; log-probs need one above 0 (greedy is a sampler's setting)")

@@ -1,0 +1,264 @@
+"""Log-probs from logits by hand, and the chunked head against the dense one: values, gradients, buffers, meshes."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rljax.losses import (
+    chunked_logprobs,
+    entropy,
+    head_logits,
+    log_normalizer,
+    reduce_logits_in_chunks,
+    sequence_logprobs,
+    token_logprobs,
+    truncated_logprobs,
+)
+
+N, D, V, PADDED = 23, 8, 37, 40
+
+
+def dense(hidden, head, targets, *, vocab_size=V, temperature=1.0, support=None):
+    """Log-probs and entropy as one would write them without a thought for memory."""
+    scaled = (hidden @ head[:vocab_size].T) / temperature
+    kept = scaled
+    if support is not None:
+        is_target = jnp.arange(vocab_size) == targets[:, None]
+        kept = jnp.where((scaled >= support[:, None]) | is_target, scaled, -jnp.inf)
+    logp = jax.nn.log_softmax(scaled, axis=-1)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(kept, axis=-1), targets[:, None], axis=-1)[:, 0]
+    return chosen, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def inputs(dtype, seed=0, n=N, v=PADDED):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(n, D)), dtype)
+    head = jnp.asarray(rng.normal(size=(v, D)), dtype)
+    targets = jnp.asarray(rng.integers(0, min(V, v), n))
+    weights = jnp.asarray(rng.normal(size=(2, n)), dtype)
+    support = jnp.asarray(np.where(rng.random(n) < 0.3, -np.inf, rng.normal(size=n)), dtype)
+    return hidden, head, targets, weights, support
+
+
+def test_token_logprobs_and_entropy_by_hand():
+    # Odds 1 : 2 : 5 give probabilities 1/8, 2/8, 5/8.
+    logits = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
+    np.testing.assert_allclose(log_normalizer(logits), [np.log(8)], rtol=1e-6)
+    np.testing.assert_allclose(token_logprobs(logits, jnp.array([2])), [np.log(5 / 8)], rtol=1e-6)
+    expected = -(np.log(1 / 8) + 2 * np.log(2 / 8) + 5 * np.log(5 / 8)) / 8
+    np.testing.assert_allclose(entropy(logits), [expected], rtol=1e-6)
+    # Temperature 1/2 squares the odds: 1 : 4 : 25, of 30.
+    np.testing.assert_allclose(token_logprobs(logits, jnp.array([1]), 0.5), [np.log(4 / 30)], rtol=1e-6)
+    # Kept from log 2 on: 2 of 7. A token below its own threshold still counts itself: 1 of 1 + 2 + 5.
+    support = jnp.log(jnp.array([2.0]))
+    np.testing.assert_allclose(truncated_logprobs(logits, jnp.array([1]), support), [np.log(2 / 7)], rtol=1e-6)
+    np.testing.assert_allclose(truncated_logprobs(logits, jnp.array([0]), support), [np.log(1 / 8)], rtol=1e-6)
+    everything = jnp.array([-jnp.inf])
+    np.testing.assert_allclose(truncated_logprobs(logits, jnp.array([0]), everything), [np.log(1 / 8)], rtol=1e-6)
+
+
+def test_sequence_logprobs_sums_what_the_mask_keeps():
+    logprobs = jnp.array([[jnp.nan, -1.0, -2.0], [jnp.nan, jnp.nan, jnp.nan]])
+    mask = jnp.array([[False, True, True], [False, False, False]])
+    np.testing.assert_array_equal(sequence_logprobs(logprobs, mask), [-3.0, 0.0])
+
+
+def test_absent_logits_leave_entropy_and_its_gradient_finite():
+    logits = jnp.array([0.3, -1.0, 0.7])
+    padded = jnp.append(logits, -jnp.inf)
+    np.testing.assert_allclose(entropy(padded), entropy(logits), rtol=1e-6)
+    gradient = jax.grad(entropy)(padded)
+    np.testing.assert_allclose(gradient[:3], jax.grad(entropy)(logits), rtol=1e-5)
+    assert gradient[3] == 0.0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 8, 23, 64])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_chunked_equals_dense_in_float64(chunk_size, truncated):
+    with jax.enable_x64(True):
+        hidden, head, targets, weights, support = inputs(jnp.float64)
+        support = support if truncated else None
+        head = head.at[V:].set(jnp.nan)  # padding rows must not be read
+
+        def loss(function, hidden, head):
+            logprobs, nats = function(hidden, head)
+            return jnp.sum(weights[0] * logprobs + weights[1] * nats)
+
+        expected = partial(dense, targets=targets, temperature=0.7, support=support)
+        options = {"chunk_size": chunk_size, "temperature": 0.7, "vocab_size": V, "support": support}
+        actual = partial(chunked_logprobs, targets=targets, with_entropy=True, **options)
+        head = jnp.where(jnp.isnan(head), 1e3, head)
+        for a, b in zip(actual(hidden, head), expected(hidden, head), strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        grads = [jax.grad(partial(loss, f), argnums=(0, 1))(hidden, head) for f in (actual, expected)]
+        for a, b in zip(*grads, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+        assert jnp.abs(grads[0][1][V:]).max() == 0
+
+
+def test_chunked_equals_dense_in_float32():
+    hidden, head, targets, weights, _ = inputs(jnp.float32)
+    chunked = partial(chunked_logprobs, targets=targets, chunk_size=6, vocab_size=V)
+    np.testing.assert_allclose(chunked(hidden, head).logprobs, dense(hidden, head, targets)[0], rtol=1e-5, atol=1e-6)
+    assert chunked(hidden, head).entropy is None
+    actual = jax.grad(lambda *a: jnp.sum(weights[0] * chunked(*a).logprobs), argnums=(0, 1))(hidden, head)
+    expected = jax.grad(lambda *a: jnp.sum(weights[0] * dense(*a, targets)[0]), argnums=(0, 1))(hidden, head)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_dtypes_of_results_and_gradients():
+    hidden, head, targets, _, _ = inputs(jnp.float32)
+    hidden = hidden.astype(jnp.bfloat16)
+    function = partial(chunked_logprobs, targets=targets, chunk_size=6)
+    assert function(hidden, head).logprobs.dtype == jnp.float32
+    d_hidden, d_head = jax.grad(lambda *a: function(*a).logprobs.sum(), argnums=(0, 1))(hidden, head)
+    assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
+    # Rounding the operands to bfloat16 (8 bits) is all that separates it from float32 on the rounded operands.
+    rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head)]
+    expected = jax.grad(lambda *a: function(*a).logprobs.sum(), argnums=(0, 1))(*rounded)
+    for a, b in zip((d_hidden, d_head), expected, strict=True):
+        assert jnp.linalg.norm(a - b) < 2**-8 * jnp.linalg.norm(b)
+
+
+def pick_and_entropy(logits, targets):
+    return token_logprobs(logits, targets), entropy(logits)
+
+
+def test_reducer_equals_chunked_with_gradients():
+    with jax.enable_x64(True):
+        hidden, head, targets, weights, _ = inputs(jnp.float64)
+
+        def loss(function, hidden, head):
+            logprobs, nats = function(hidden, head)
+            return jnp.sum(weights[0] * logprobs + weights[1] * nats)
+
+        def reduced(hidden, head):
+            return reduce_logits_in_chunks(hidden, head, pick_and_entropy, (targets,), chunk_size=5, vocab_size=V)
+
+        results = [
+            jax.value_and_grad(partial(loss, f), argnums=(0, 1))(hidden, head)
+            for f in (reduced, partial(dense, targets=targets))
+        ]
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_second_head_inside_a_reducer():
+    with jax.enable_x64(True):
+        hidden, head, _, _, _ = inputs(jnp.float64)
+        other_hidden, other_head, _, _, _ = inputs(jnp.float64, seed=1)
+
+        def cross_entropy(logits, other_logits):
+            return -jnp.sum(jax.nn.softmax(other_logits) * jax.nn.log_softmax(logits), axis=-1)
+
+        def reduced(other_head):
+            def reducer(logits, other):
+                return cross_entropy(logits, head_logits(other, other_head))
+
+            return reduce_logits_in_chunks(hidden, head, reducer, (other_hidden,), chunk_size=7).sum()
+
+        def direct(other_head):
+            return cross_entropy(hidden @ head.T, other_hidden @ other_head.T).sum()
+
+        for a, b in zip(*(jax.value_and_grad(f)(other_head) for f in (reduced, direct)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def losses_of_both_doors(targets):
+    def by_hand(hidden, head):
+        stats = chunked_logprobs(hidden, head, targets, chunk_size=101, temperature=0.9, with_entropy=True)
+        return stats.logprobs.sum() + stats.entropy.sum()
+
+    def by_reducer(hidden, head):
+        return sum(x.sum() for x in reduce_logits_in_chunks(hidden, head, pick_and_entropy, (targets,), chunk_size=101))
+
+    return by_hand, by_reducer
+
+
+def test_no_product_of_mixed_dtypes():
+    hidden, head, targets, _, _ = inputs(jnp.float32)
+    for function in losses_of_both_doors(targets):
+        text = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(hidden.astype(jnp.bfloat16), head).as_text()
+        products = re.findall(r"stablehlo\.dot_general.*: \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>", text)
+        assert len(products) >= 4  # logits twice, d_hidden, d_head
+        for dtypes in ([x.split("x")[-1] for x in product] for product in products):
+            assert dtypes == ["bf16", "bf16", "f32"]
+
+
+def test_no_buffer_of_all_logits():
+    n, v = 101 * 7, 4099  # 101 rows a chunk; v is the largest prime of the sizes
+    hidden, head, targets, _, _ = inputs(jnp.float32, n=n, v=v)
+    for function in losses_of_both_doors(targets):
+        text = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(hidden, head).compile().as_text()
+        shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"\w\[([\d,]+)\]", text)}
+        assert (101, v) in shapes  # the check sees the chunks
+        assert not [s for s in shapes if v in s and np.prod(s) >= n * v]
+
+
+@pytest.mark.parametrize("door", [0, 1])
+def test_mesh_agrees_with_one_device(door):
+    with jax.enable_x64(True):
+        hidden, head, targets, _, _ = inputs(jnp.float64, n=64)
+        mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
+
+        def loss(targets, hidden, head):
+            options = {"chunk_size": 16, "vocab_size": V}
+            if door == 0:
+                logprobs, nats = chunked_logprobs(hidden, head, targets, with_entropy=True, **options)
+            else:
+                logprobs, nats = reduce_logits_in_chunks(hidden, head, pick_and_entropy, (targets,), **options)
+            return jnp.sum(logprobs) - 0.3 * jnp.sum(nats)
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)))
+        alone = step(targets, hidden, head)
+        arguments = (place(targets, "data"), place(hidden, "data"), place(head, "tensor"))
+        for a, b in zip(*map(jax.tree.leaves, (alone, step(*arguments))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        # Neither all rows nor all of the vocabulary are gathered on one device.
+        text = step.lower(*arguments).compile().as_text()
+        gathered = re.findall(r"\w\[([\d,]+)\]\S* all-gather", text)
+        assert not [s for s in gathered if np.prod([int(x) for x in s.split(",")]) >= 16 * PADDED]
+
+
+def test_inside_shard_map_the_head_gradient_is_reduced_once():
+    hidden, head, targets, _, _ = inputs(jnp.float32, n=64)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("data")
+
+    def loss(hidden, head):
+        def local(hidden, targets, head):
+            return chunked_logprobs(hidden, head, targets, chunk_size=2, with_entropy=True)
+
+        stats = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)(
+            hidden, targets, head
+        )
+        return jnp.sum(stats.logprobs - stats.entropy)
+
+    def plain(hidden, head):
+        stats = chunked_logprobs(hidden, head, targets, chunk_size=64, with_entropy=True)
+        return jnp.sum(stats.logprobs - stats.entropy)
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    for a, b in zip(step(hidden, head), jax.grad(plain, argnums=(0, 1))(hidden, head), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", step.lower(hidden, head).compile().as_text())) == 1
+
+
+def test_wrong_arguments_are_named():
+    hidden, head, targets, _, _ = inputs(jnp.float32)
+    for arguments, message in [
+        ({"hidden": hidden[:, 1:]}, "one width"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"vocab_size": PADDED + 1}, "vocab_size 41"),
+        ({"temperature": 0.0}, "temperature is 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            chunked_logprobs(**({"hidden": hidden, "head": head, "targets": targets, "chunk_size": 4} | arguments))

@@ -1,0 +1,142 @@
+"""Prompts in, Rollout out, as one compiled program: prefill, then a loop of tokens against a cache."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rljax.decoding import Sampling, next_tokens, request_key
+from rljax.losses.logprobs import token_logprobs, truncated_logprobs
+from rljax.models.attention import Cache, cached_attend, visibility
+from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
+from rljax.models.params import param_shardings
+from rljax.sharding import BATCH_AXES, Layout
+from rljax.types import FINISH_END, FINISH_LENGTH, Prompts, Rollout
+
+Generate = Callable[[Params, Prompts, PRNGKeyArray, Int[Array, ""]], Rollout]
+
+
+class DecodeState(NamedTuple):
+    """The loop's carry on one data shard."""
+
+    step: Int[Array, ""]
+    tokens: Int[Array, "b c"]
+    logprobs: Float[Array, "b c"]
+    support: Float[Array, "b c"]
+    sampled: Bool[Array, "b c"]
+    running: Bool[Array, " b"]
+    finished: Bool[Array, " b"]  # an end token was sampled
+    next_logits: Float[Array, "b v"]
+    cache: Cache
+
+
+def make_generate(model: Model, train: Layout, decode: Layout, sampling: Sampling, *, dtype: Any) -> Generate:
+    """``generate(params, prompts, key, step_version) -> Rollout``, compiled once for each shape of ``prompts``.
+
+    Parameters arrive laid out for training, on ``train``'s mesh; inside they are cast to ``dtype`` once and laid out on
+    ``decode``'s mesh, another factorisation of the same devices. Data shards decode on their own, each until its last
+    row has ended; rows come back in the training layout. ``key`` is folded with each row's prompt_id and sample_id.
+    """
+    rows = PartitionSpec(BATCH_AXES)
+    decode_shardings = param_shardings(model, decode)
+
+    def generate(params: Params, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
+        weights = jax.tree.map(lambda x: x.astype(dtype), params)
+        weights = jax.lax.with_sharding_constraint(weights, decode_shardings)
+        prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
+        shard = jax.shard_map(
+            partial(_decode_shard, model, decode, sampling, dtype),
+            mesh=decode.mesh,
+            in_specs=(PartitionSpec(), rows, PartitionSpec()),
+            out_specs=rows,
+            axis_names=set(BATCH_AXES),
+            check_vma=False,
+        )
+        tokens, logprobs, support, sampled, finished = shard(weights, prompts, key)
+        prompt_part = jnp.zeros(prompts.tokens.shape, bool)
+        rollout = Rollout(
+            tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
+            valid=jnp.concatenate([prompts.valid, sampled], axis=1),
+            loss_mask=jnp.concatenate([prompt_part, sampled], axis=1),
+            behavior_logprobs=jnp.concatenate([prompt_part.astype(logprobs.dtype), logprobs], axis=1),
+            support=jnp.concatenate([jnp.where(prompt_part, 0.0, -jnp.inf).astype(support.dtype), support], axis=1),
+            finish_reason=jnp.where(finished, FINISH_END, FINISH_LENGTH),
+            prompt_id=prompts.prompt_id,
+            sample_id=prompts.sample_id,
+            group_id=prompts.prompt_id,
+            step_version=jnp.full_like(prompts.prompt_id, step_version),
+        )
+        return jax.lax.with_sharding_constraint(rollout, train.rows)
+
+    return jax.jit(generate)
+
+
+def _decode_shard(
+    model: Model, layout: Layout, sampling: Sampling, dtype: Any, params: Params, prompts: Prompts, key: PRNGKeyArray
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The plain path: a fixed batch, one column of the cache a step, until every row has ended."""
+    c = model.config
+    b, p = prompts.tokens.shape
+    budget = sampling.max_new_tokens
+    keys = jax.vmap(partial(request_key, key))(prompts.prompt_id, prompts.sample_id)
+    positions = row_positions(prompts.valid)
+    segments = prompts.valid.astype(jnp.int32)
+    lengths = jnp.sum(segments, axis=-1)
+    end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
+
+    cache = empty_cache(model, layout, b, p + budget, dtype)
+    seen = visibility(positions, positions, segments, segments, c.sliding_window)
+    attend = cached_attend(0, seen, layout, c.attention_scale)
+    hidden, cache = forward(model, layout, params, prompts.tokens, positions, attend, cache, dtype=dtype)
+    key_positions = jnp.concatenate([positions, lengths[:, None] + jnp.arange(budget)], axis=1)
+
+    def step(s: DecodeState) -> DecodeState:
+        token_keys = jax.vmap(lambda k: jax.random.fold_in(k, s.step))(keys)
+        token, support = next_tokens(token_keys, s.next_logits, sampling)
+        temperature = sampling.scoring_temperature
+        if sampling.truncates:
+            logprob = truncated_logprobs(s.next_logits, token, support, temperature)
+        else:
+            logprob = token_logprobs(s.next_logits, token, temperature)
+        ended = jnp.any(token[:, None] == end_ids, axis=-1)
+
+        def write(column: Array, value: Array, empty: Any) -> Array:
+            value = jnp.where(s.running, value.astype(column.dtype), empty)
+            return jax.lax.dynamic_update_slice(column, value[:, None], (0, s.step))
+
+        position = lengths + s.step
+        columns = jnp.arange(p + budget)
+        written = jnp.concatenate([segments, jnp.ones((b, budget), jnp.int32)], axis=1) * (columns <= p + s.step)
+        seen = visibility(position[:, None], key_positions, jnp.ones((b, 1), jnp.int32), written, c.sliding_window)
+        attend = cached_attend(p + s.step, seen, layout, c.attention_scale)
+        h, cache = forward(model, layout, params, token[:, None], position[:, None], attend, s.cache, dtype=dtype)
+        return DecodeState(
+            step=s.step + 1,
+            tokens=write(s.tokens, token, 0),
+            logprobs=write(s.logprobs, logprob, 0.0),
+            support=write(s.support, support, -jnp.inf),
+            sampled=write(s.sampled, s.running, False),
+            running=s.running & ~ended,
+            finished=s.finished | (s.running & ended),
+            next_logits=logits(model, params, h[:, 0]),
+            cache=cache,
+        )
+
+    first = logits(model, params, hidden[:, -1])
+    start = DecodeState(
+        step=jnp.int32(0),
+        tokens=jnp.zeros((b, budget), jnp.int32),
+        logprobs=jnp.zeros((b, budget), first.dtype),
+        support=jnp.full((b, budget), -jnp.inf, first.dtype),
+        sampled=jnp.zeros((b, budget), bool),
+        running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
+        finished=jnp.zeros(b, bool),
+        next_logits=first,
+        cache=cache,
+    )
+    end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)
+    return end.tokens, end.logprobs, end.support, end.sampled, end.finished

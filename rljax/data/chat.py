@@ -6,20 +6,21 @@ from typing import Any, NamedTuple
 import jinja2
 from etils import epath
 
-# Plain templates for models that never saw a chat format. "reasoning" follows DeepSeek-R1-Zero (arXiv 2501.12948, table 1).
+# For models that never saw a chat format. "reasoning" is table 1 of DeepSeek-R1 (arXiv 2501.12948).
 PLAIN_TEMPLATES = {
     "question": "Question: {prompt}\nAnswer:",
     "reasoning": (
-        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-        "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-        "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
-        "<think> reasoning process here </think> <answer> answer here </answer>. User: {prompt}. Assistant:"
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+        "answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+        "User: {prompt}. Assistant:"
     ),
 }
 
 
 class Template(NamedTuple):
-    """How a prompt becomes text. With neither field set, text stays as it is and messages use the tokenizer's template."""
+    """How a prompt becomes text. Empty: texts stay as they are and messages use the tokenizer's own template."""
 
     plain: str | None = None  # contains {prompt}
     jinja: str | None = None  # a chat template; texts become one user turn
@@ -29,11 +30,13 @@ class Template(NamedTuple):
         return self.plain is None and (self.jinja is not None or not isinstance(prompt, str))
 
     def plain_text(self, prompt: str | list[dict[str, Any]]) -> str:
-        if not isinstance(prompt, str):
-            if [m["role"] for m in prompt] != ["user"]:
-                raise ValueError("a plain template takes one user message; use template='chat' for conversations")
-            prompt = prompt[0]["content"]
-        return prompt if self.plain is None else self.plain.replace("{prompt}", prompt)
+        if isinstance(prompt, str):
+            text = prompt
+        elif [message["role"] for message in prompt] == ["user"]:
+            text = prompt[0]["content"]
+        else:
+            raise ValueError("a plain template takes one user message; use template='chat' for conversations")
+        return text if self.plain is None else self.plain.replace("{prompt}", text)
 
 
 def resolve_template(hf: Any, template: str | None, system_prompt: str | None) -> Template:
@@ -107,7 +110,7 @@ def segments(
 
 
 def turn_end_id(hf: Any, template: Template) -> int | None:
-    """The special token that ends an assistant turn, None where there is no chat template or it ends turns with text."""
+    """The special token that ends an assistant turn; None without a chat template or where plain text ends it."""
     if template.plain is not None or (template.jinja is None and not hf.chat_template):
         return None
     content = "rljax"

@@ -1,0 +1,80 @@
+"""A reasoning task made on the spot: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+ALPHABET = "0123456789+-=;#"
+SPLITS = ("train", "dev", "test")
+
+# difficulty -> (fewest operands, most operands, largest operand)
+DIFFICULTIES = {1: (2, 3, 9), 2: (2, 4, 20), 3: (3, 4, 50), 4: (3, 5, 99)}
+
+
+def split_of(key: str) -> str:
+    """The split that owns a problem, from its own text: eight tenths train, one dev, one test."""
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
+    return {8: "dev", 9: "test"}.get(bucket, "train")
+
+
+def problem_key(terms: list[int]) -> str:
+    """What makes two problems one: the same terms in another order are in the same split."""
+    return "arithmetic:" + ",".join(map(str, sorted(terms)))
+
+
+def worked_solution(terms: list[int]) -> str:
+    """``[17, 25, -8]`` -> ``17+25=42;42-8=34;#34``."""
+    total = terms[0]
+    steps = []
+    for term in terms[1:]:
+        steps.append(f"{total}{term:+d}={total + term};")
+        total += term
+    return "".join(steps) + f"#{total}"
+
+
+def make_rows(
+    *, split: str, count: int = 1000, seed: int = 0, difficulty: int = 2, bounds: tuple[int, int, int] | None = None
+) -> list[dict[str, Any]]:
+    """``count`` different problems of one split; no running total is negative.
+
+    Rows have ``prompt``, ``answer`` (the number as text), ``solution`` (worked text that ends in ``#answer``) and
+    ``dataset``. ``bounds`` (fewest operands, most operands, largest operand) goes before ``difficulty``. Splits share
+    no problem, whatever the seeds, counts and difficulties. Raises ValueError when a split has too few problems.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"arithmetic has no split {split!r}; it has {', '.join(SPLITS)}")
+    if bounds is None and difficulty not in DIFFICULTIES:
+        raise ValueError(f"arithmetic has no difficulty {difficulty}; it has {', '.join(map(str, DIFFICULTIES))}")
+    fewest, most, largest = bounds or DIFFICULTIES[difficulty]
+    rng = np.random.default_rng(seed)
+    rows: dict[str, dict[str, Any]] = {}
+    misses = 0
+    while len(rows) < count:
+        terms = _draw_terms(rng, int(rng.integers(fewest, most + 1)), largest)
+        prompt = f"{terms[0]}" + "".join(f"{term:+d}" for term in terms[1:]) + "="
+        if prompt in rows or split_of(problem_key(terms)) != split:
+            misses += 1
+            if misses > 1000 + 100 * count:
+                raise ValueError(
+                    f"arithmetic found only {len(rows)} different problems of {count} in split {split!r}; "
+                    "ask for fewer or for a higher difficulty"
+                )
+            continue
+        solution = worked_solution(terms)
+        answer = solution[solution.index("#") + 1 :]
+        rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}
+    return list(rows.values())
+
+
+def _draw_terms(rng: np.random.Generator, operands: int, largest: int) -> list[int]:
+    """Signed terms, the first positive, no running total below 0 and no term 0."""
+    terms = [int(rng.integers(1, largest + 1))]
+    total = terms[0]
+    for _ in range(operands - 1):
+        term = int(rng.integers(1, largest + 1))
+        if rng.random() < 0.5 and term <= total:
+            term = -term
+        terms.append(term)
+        total += term
+    return terms

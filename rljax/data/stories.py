@@ -1,0 +1,87 @@
+"""Prompts cut from TinyStories: an opening, and words of the real continuation that a completion has to use."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from rljax.data.arithmetic import SPLITS, split_of
+
+END_OF_STORY = "<|endoftext|>"
+# Words of four letters or more that are too common, or too empty, to ask for.
+STOP_WORDS = """
+    about after again also always another around asked away back became because been before began best both came
+    come could does done down each even ever every everyone feel feels felt find found from gave going good have hear
+    heard help here into just keep kept knew know lets like liked little long look looked lots made make many more most
+    much must named need needed never next once only other over ready really right said says seen some something soon
+    started still such take than thank that their them then there these they thing things think this those thought time
+    together told took tried upon used very want wanted wants went were what when where which while will with would
+    your
+""".split()  # noqa: SIM905 - a list literal would take a page
+
+
+def split_stories(text: str) -> list[str]:
+    """The stories of a TinyStories file, the unfinished last one left out.
+
+    They are separated by ``<|endoftext|>``, or, in files without it, by one line break where paragraphs have two.
+    """
+    pieces = text.split(END_OF_STORY) if END_OF_STORY in text else re.split(r"(?<!\n)\n(?!\n)", text.strip())
+    return [piece.strip() for piece in pieces[:-1] if piece.strip()]
+
+
+def make_rows(
+    *,
+    split: str,
+    path: str,
+    count: int | None = None,
+    seed: int = 0,
+    words: int = 2,
+    opening_sentences: int = 1,
+    max_prompt_chars: int = 200,
+    min_occurrences: int = 20,
+) -> list[dict[str, Any]]:
+    """Rows ``prompt`` (a story's opening), ``words`` (required), ``continuation`` (the real one) and ``dataset``.
+
+    ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation, not in the
+    opening, and at least ``min_occurrences`` times in the files. A story's first sentence decides its split, so no
+    story and no prompt is in two. ``count`` rows in an order of the seed, or all of them. Raises ValueError.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
+    stories: dict[str, None] = {}
+    for file in (epath.Path(name).expanduser() for name in path.split(",")):
+        if not file.exists():
+            raise ValueError(f"story file {file} does not exist; give the path of a TinyStories text")
+        stories |= dict.fromkeys(split_stories(file.read_text()))
+    occurrences = Counter(word for story in stories for word in content_words(story))
+    known = {word for word, n in occurrences.items() if n >= min_occurrences}
+    rows: dict[str, dict[str, Any]] = {}
+    for story in stories:
+        cut = sentence_ends(story)
+        if len(cut) < opening_sentences or split_of("story:" + story[: cut[0]]) != split:
+            continue
+        prompt, continuation = story[: cut[opening_sentences - 1]], story[cut[opening_sentences - 1] :]
+        opening = set(content_words(prompt))
+        candidates = [w for w in dict.fromkeys(content_words(continuation)) if w in known and w not in opening]
+        if prompt in rows or len(prompt) > max_prompt_chars or len(candidates) < words:
+            continue  # many stories open alike: a prompt is asked once
+        chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
+        required = [candidates[i] for i in sorted(chosen)]
+        rows[prompt] = {"prompt": prompt, "words": required, "continuation": continuation, "dataset": "stories"}
+    if count is not None and count > len(rows):
+        raise ValueError(f"{path} gives {len(rows)} story prompts in split {split!r}, not {count}; ask for fewer")
+    order = np.random.default_rng(seed).permutation(len(rows))[:count]
+    values = list(rows.values())
+    return [values[i] for i in order]
+
+
+def sentence_ends(text: str) -> list[int]:
+    """Where each sentence ends, closing quotes included; the last one only if something follows."""
+    return [match.end() for match in re.finditer(r"[.!?][\"”]?(?=\s)", text)]
+
+
+def content_words(text: str) -> list[str]:
+    """The lower-case words of four letters or more that mean something, in order; capitalised names are left out."""
+    return [word for word in re.findall(r"(?<![\w'’])[a-z]{4,}(?![\w'’])", text) if word not in STOP_WORDS]

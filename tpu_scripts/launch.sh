@@ -34,5 +34,5 @@ done
 parse "" "" ${words[@]+"${words[@]}"} "$@"
 [ ${#REST[@]} -gt 0 ] || misuse "nothing to run; put the arguments of rljax.main after --, for instance -- --config configs/quickstart.py."
 
-on_workers start "$(date -u +%Y%m%dT%H%M%SZ)" ${environment[@]+"${environment[@]}"} -- "${REST[@]}"
+on_workers start "$(date -u +%Y%m%dT%H%M%SZ)-$$" ${environment[@]+"${environment[@]}"} -- "${REST[@]}"
 [ "$dry_run" = yes ] || echo "$name: started; follow it with logs.sh --name $name --follow"

@@ -1,21 +1,15 @@
 """A reasoning task made on the spot: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 
+from rljax.data.splits import SPLITS, split_of
+
 ALPHABET = "0123456789+-=;#"
-SPLITS = ("train", "dev", "test")
 
 # difficulty -> (fewest operands, most operands, largest operand)
 DIFFICULTIES = {1: (2, 3, 9), 2: (2, 4, 20), 3: (3, 4, 50), 4: (3, 5, 99)}
-
-
-def split_of(key: str) -> str:
-    """The split that owns a problem, from its own text: eight tenths train, one dev, one test."""
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
-    return {8: "dev", 9: "test"}.get(bucket, "train")
 
 
 def problem_key(terms: list[int]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from rljax.data.arithmetic import SPLITS, split_of
+from rljax.data.splits import SPLITS, split_of
 
 ALPHABET = "0123456789+-*()=;#,>"
 

@@ -58,7 +58,7 @@ def load_rows(
 def rename_columns(rows: list[Row], columns: Mapping[str, str], *, where: str) -> list[Row]:
     """Rows under our names. Raises DataError for a row without one of the columns."""
     renamed = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         for ours, theirs in columns.items():
             if row.get(theirs) is None:
                 present = ", ".join(key for key, value in row.items() if value is not None)
@@ -128,7 +128,7 @@ def _parse_json(text: str, path: epath.Path) -> list[Row]:
         except json.JSONDecodeError as error:
             line = error.lineno if number is None else number
             raise DataError(f"data file {path} is malformed at line {line}: {error.msg}") from error
-        for index, row in enumerate([value] if number else value, start=1):
+        for index, row in enumerate([value] if number else value):
             if not isinstance(row, dict):
                 place = f"line {number}" if number else f"entry {index}"
                 raise DataError(f"data file {path} has a {type(row).__name__} at {place} where a row must be an object")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from rljax.data.arithmetic import SPLITS, split_of
+from rljax.data.splits import SPLITS, split_of
 
 END_OF_STORY = "<|endoftext|>"
 # Words of four letters or more that are too common, or too empty, to ask for.

@@ -1,0 +1,120 @@
+"""Losses on single completions marked desirable or not: KTO and BCO.
+
+Per-row losses [b], to be minimised. What they need from other rows, KTO's reference point and BCO's shift, is an
+argument, made once per optimizer step over the global batch by a function of its own. r = log π − log π_ref of one row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from rljax.losses.logprobs import sequence_logprobs
+from rljax.losses.masked import masked_mean, masked_sum
+from rljax.losses.preferences import log_ratio
+
+PerRow = Float[Array, " b"]
+
+
+def kto_reference_point(
+    mismatched_logprobs: PerRow, mismatched_ref_logprobs: PerRow, mask: Bool[Array, " b"] | None = None
+) -> Float[Array, ""]:
+    """KTO's z0: ``max(0, mean_i r(x_i, y_{i+1}))``, stop-gradient (arXiv 2402.01306, section 4).
+
+    Log-probs of completions under *another* row's prompt, an estimate of KL(π‖π_ref). Rows outside ``mask`` do not
+    count; an empty mask gives 0.
+    """
+    ratios = log_ratio(mismatched_logprobs, mismatched_ref_logprobs)
+    mask = jnp.ones(ratios.shape, bool) if mask is None else mask
+    return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratios, mask), 0))
+
+
+def kto(
+    logprobs: PerRow,
+    ref_logprobs: PerRow,
+    desirable: Bool[Array, " b"],
+    reference_point: Float[Array, ""],
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> PerRow:
+    """KTO: ``λ_D (1 − σ(β(r − z0)))`` if desirable, ``λ_U (1 − σ(β(z0 − r)))`` if not (arXiv 2402.01306, eq. 7).
+
+    ``reference_point`` is z0. λ_D·n_D / (λ_U·n_U) in [1, 4/3] is the paper's advice for unequal counts.
+    """
+    margin = beta * (log_ratio(logprobs, ref_logprobs) - reference_point)
+    return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-margin), undesirable_weight * jax.nn.sigmoid(margin))
+
+
+class RewardMean(NamedTuple):
+    """A running mean and the number of rows in it: BCO's state, to be kept in the checkpoint."""
+
+    mean: Float[Array, ""]
+    rows: Float[Array, ""]
+
+
+def init_reward_mean() -> RewardMean:
+    """No rows yet, mean 0: BCO's shift before its first step (arXiv 2404.04656)."""
+    return RewardMean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def update_reward_mean(state: RewardMean, rewards: PerRow, mask: Bool[Array, " b"]) -> RewardMean:
+    """The mean of all rewards so far, stop-gradient: δ of BCO, from βr of good and bad rows alike (arXiv 2404.04656).
+
+    Once per optimizer step, over the global batch, before the loss. How rows are cut into calls does not matter; an
+    empty mask changes nothing.
+    """
+    rows = state.rows + jnp.sum(mask)
+    surplus = masked_sum(rewards, mask) - jnp.sum(mask) * state.mean
+    return jax.lax.stop_gradient(RewardMean(state.mean + surplus / jnp.maximum(rows, 1), rows))
+
+
+def bco(
+    logprobs: PerRow, ref_logprobs: PerRow, desirable: Bool[Array, " b"], shift: Float[Array, ""], *, beta: float
+) -> PerRow:
+    """BCO: ``−log σ(βr − δ)`` if desirable, ``−log σ(−(βr − δ))`` if not (arXiv 2404.04656).
+
+    ``shift`` is δ, the running mean of rewards (``update_reward_mean``).
+    """
+    logits = beta * log_ratio(logprobs, ref_logprobs) - shift
+    return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
+
+
+def kto_loss(
+    logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    loss_mask: Bool[Array, "b t"],
+    desirable: Bool[Array, " b"],
+    reference_point: Float[Array, ""],
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Array, ""]:
+    """``kto`` of token log-probs, mean over rows that keep a token, 0 without any (arXiv 2402.01306, eq. 7)."""
+    losses = kto(
+        sequence_logprobs(logprobs, loss_mask),
+        sequence_logprobs(ref_logprobs, loss_mask),
+        desirable,
+        reference_point,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    return masked_mean(losses, jnp.any(loss_mask, axis=-1))
+
+
+def bco_loss(
+    logprobs: Float[Array, "b t"],
+    ref_logprobs: Float[Array, "b t"],
+    loss_mask: Bool[Array, "b t"],
+    desirable: Bool[Array, " b"],
+    shift: Float[Array, ""],
+    *,
+    beta: float,
+) -> Float[Array, ""]:
+    """``bco`` of token log-probs, mean over rows that keep a token, 0 without any (arXiv 2404.04656)."""
+    policy, reference = sequence_logprobs(logprobs, loss_mask), sequence_logprobs(ref_logprobs, loss_mask)
+    return masked_mean(bco(policy, reference, desirable, shift, beta=beta), jnp.any(loss_mask, axis=-1))

@@ -94,7 +94,6 @@ from rljax.losses.preferences import (
     exo,
     hinge,
     ipo,
-    log_ratio,
     nca,
     robust_dpo,
     sppo_hard,
@@ -119,14 +118,11 @@ from rljax.losses.returns import (
     vtrace,
 )
 from rljax.losses.unpaired import (
-    RewardMean,
     bco,
     bco_loss,
-    init_reward_mean,
     kto,
     kto_loss,
     kto_reference_point,
-    update_reward_mean,
 )
 
 __all__ = [
@@ -138,7 +134,6 @@ __all__ = [
     "Estimate",
     "LogprobStats",
     "PercentileScale",
-    "RewardMean",
     "RunningMoments",
     "adaptive_kl_coef",
     "aggregate",
@@ -179,7 +174,6 @@ __all__ = [
     "group_sum",
     "head_logits",
     "hinge",
-    "init_reward_mean",
     "ipo",
     "is_last_token",
     "jensen_shannon",
@@ -232,7 +226,6 @@ __all__ = [
     "token_logprobs",
     "truncated_logprobs",
     "update_percentile_scale",
-    "update_reward_mean",
     "valid_pairs",
     "vtrace",
     "whiten",

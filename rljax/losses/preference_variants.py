@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.losses.logprobs import log_normalizer
 from rljax.losses.masked import at_least_float32, masked_mean, zero_masked
-from rljax.losses.preferences import PerPair, dpo, log_ratio, smoothed_sigmoid
+from rljax.losses.preferences import PerPair, dpo, sequence_log_ratio, smoothed_sigmoid
 
 # --- f-divergences ---
 
@@ -31,8 +31,8 @@ def f_dpo(
 
     ``forward_kl_score``, ``js_score``, ``partial(alpha_score, alpha=...)``; the identity (reverse KL) is DPO.
     """
-    chosen = score(log_ratio(chosen_logprobs, ref_chosen_logprobs))
-    rejected = score(log_ratio(rejected_logprobs, ref_rejected_logprobs))
+    chosen = score(sequence_log_ratio(chosen_logprobs, ref_chosen_logprobs))
+    rejected = score(sequence_log_ratio(rejected_logprobs, ref_rejected_logprobs))
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
 
@@ -188,7 +188,7 @@ def nash_md(
     y is the policy's and scored here; y' comes from the mixture π^{1−m}·π_ref^m. Log-probs are sums over the
     completion, so that β weighs the KL of whole sequences. The value has no meaning, the gradient has.
     """
-    weight = preference - 0.5 - beta * log_ratio(logprobs, ref_logprobs)
+    weight = preference - 0.5 - beta * sequence_log_ratio(logprobs, ref_logprobs)
     return -jax.lax.stop_gradient(weight) * at_least_float32(logprobs)
 
 

@@ -20,7 +20,7 @@ from rljax.losses.masked import at_least_float32, masked_mean
 PerPair = Float[Array, " b"]
 
 
-def log_ratio(logprobs: PerPair, ref_logprobs: PerPair) -> PerPair:
+def sequence_log_ratio(logprobs: PerPair, ref_logprobs: PerPair) -> PerPair:
     """r = log π − log π_ref; β·r is the implicit reward (arXiv 2305.18290, section 4)."""
     return at_least_float32(logprobs) - at_least_float32(ref_logprobs)
 
@@ -218,4 +218,4 @@ def dpo_loss(
 
 
 def _log_ratios(chosen, rejected, ref_chosen, ref_rejected) -> tuple[PerPair, PerPair]:
-    return log_ratio(chosen, ref_chosen), log_ratio(rejected, ref_rejected)
+    return sequence_log_ratio(chosen, ref_chosen), sequence_log_ratio(rejected, ref_rejected)

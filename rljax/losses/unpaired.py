@@ -4,15 +4,13 @@ Per-row losses [b], to be minimised. What they need from other rows, KTO's refer
 argument, made once per optimizer step over the global batch by a function of its own. r = log π − log π_ref of one row.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rljax.losses.logprobs import sequence_logprobs
-from rljax.losses.masked import masked_mean, masked_sum
-from rljax.losses.preferences import log_ratio
+from rljax.losses.masked import masked_mean
+from rljax.losses.preferences import sequence_log_ratio
 
 PerRow = Float[Array, " b"]
 
@@ -25,7 +23,7 @@ def kto_reference_point(
     Log-probs of completions under *another* row's prompt, an estimate of KL(π‖π_ref). Rows outside ``mask`` do not
     count; an empty mask gives 0.
     """
-    ratios = log_ratio(mismatched_logprobs, mismatched_ref_logprobs)
+    ratios = sequence_log_ratio(mismatched_logprobs, mismatched_ref_logprobs)
     mask = jnp.ones(ratios.shape, bool) if mask is None else mask
     return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratios, mask), 0))
 
@@ -44,31 +42,8 @@ def kto(
 
     ``reference_point`` is z0. λ_D·n_D / (λ_U·n_U) in [1, 4/3] is the paper's advice for unequal counts.
     """
-    margin = beta * (log_ratio(logprobs, ref_logprobs) - reference_point)
+    margin = beta * (sequence_log_ratio(logprobs, ref_logprobs) - reference_point)
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-margin), undesirable_weight * jax.nn.sigmoid(margin))
-
-
-class RewardMean(NamedTuple):
-    """A running mean and the number of rows in it: BCO's state, to be kept in the checkpoint."""
-
-    mean: Float[Array, ""]
-    rows: Float[Array, ""]
-
-
-def init_reward_mean() -> RewardMean:
-    """No rows yet, mean 0: BCO's shift before its first step (arXiv 2404.04656)."""
-    return RewardMean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-
-
-def update_reward_mean(state: RewardMean, rewards: PerRow, mask: Bool[Array, " b"]) -> RewardMean:
-    """The mean of all rewards so far, stop-gradient: δ of BCO, from βr of good and bad rows alike (arXiv 2404.04656).
-
-    Once per optimizer step, over the global batch, before the loss. How rows are cut into calls does not matter; an
-    empty mask changes nothing.
-    """
-    rows = state.rows + jnp.sum(mask)
-    surplus = masked_sum(rewards, mask) - jnp.sum(mask) * state.mean
-    return jax.lax.stop_gradient(RewardMean(state.mean + surplus / jnp.maximum(rows, 1), rows))
 
 
 def bco(
@@ -76,9 +51,10 @@ def bco(
 ) -> PerRow:
     """BCO: ``−log σ(βr − δ)`` if desirable, ``−log σ(−(βr − δ))`` if not (arXiv 2404.04656).
 
-    ``shift`` is δ, the running mean of rewards (``update_reward_mean``).
+    ``shift`` is δ, the running mean of βr over good and bad rows: keep ``RunningMoments`` in the checkpoint and pass
+    ``merge_moments(state, moments_of(β·r, mask)).mean``, once per optimizer step over the global batch.
     """
-    logits = beta * log_ratio(logprobs, ref_logprobs) - shift
+    logits = beta * sequence_log_ratio(logprobs, ref_logprobs) - shift
     return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
 
 

@@ -18,9 +18,9 @@ from rljax.losses.preferences import (
     exo,
     hinge,
     ipo,
-    log_ratio,
     nca,
     robust_dpo,
+    sequence_log_ratio,
     smoothed_sigmoid,
     sppo_hard,
     valid_pairs,
@@ -112,8 +112,8 @@ def test_dpo_starts_at_ln_2_and_its_gradient_pushes_the_sides_apart():
 
 
 def test_log_ratio_and_smoothed_sigmoid():
-    np.testing.assert_array_equal(log_ratio(jnp.array([-1.0]), jnp.array([-3.0])), [2.0])
-    assert log_ratio(jnp.array([-1.0], jnp.bfloat16), jnp.array([-3.0], jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_array_equal(sequence_log_ratio(jnp.array([-1.0]), jnp.array([-3.0])), [2.0])
+    assert sequence_log_ratio(jnp.array([-1.0], jnp.bfloat16), jnp.array([-3.0], jnp.bfloat16)).dtype == jnp.float32
     # .75 * .3132617 + .25 * 1.3132617
     np.testing.assert_allclose(smoothed_sigmoid(jnp.array(1.0), 0.25), 0.5632617, atol=2e-7)
 

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rljax.losses.unpaired import (
-    bco,
-    bco_loss,
-    init_reward_mean,
-    kto,
-    kto_loss,
-    kto_reference_point,
-    update_reward_mean,
-)
+from rljax.losses.advantages import empty_moments, merge_moments, moments_of
+from rljax.losses.preferences import sequence_log_ratio
+from rljax.losses.unpaired import bco, bco_loss, kto, kto_loss, kto_reference_point
 
 pytestmark = pytest.mark.fast
 
@@ -77,19 +71,14 @@ def test_kto_and_bco_equal_torch():
             np.testing.assert_allclose(grad, expected_grad.numpy(), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("cuts", [[], [5], [1, 2, 30]])
-def test_reward_mean_is_the_mean_of_all_rows_for_any_cut(cuts):
-    rewards = RNG.normal(2.0, 1.0, 40).astype(np.float32)
-    mask = RNG.uniform(size=40) < 0.7
-    state = init_reward_mean()
-    for part, kept in zip(np.split(rewards, cuts), np.split(mask, cuts), strict=True):
-        state = update_reward_mean(state, jnp.where(kept, part, jnp.nan), jnp.asarray(kept))
-    np.testing.assert_allclose(state.mean, rewards[mask].mean(dtype=np.float64), rtol=1e-6)
-    assert state.rows == mask.sum()
-
-
-def test_reward_mean_without_rows_stays():
-    assert update_reward_mean(init_reward_mean(), jnp.array([jnp.nan]), jnp.array([False])) == init_reward_mean()
+def test_bco_shift_is_the_mean_of_all_rewards_so_far():
+    """δ over two steps of unequal size equals the mean over both, and the first step starts from nothing."""
+    policy, ref = (jnp.asarray(x, jnp.float32) for x in -RNG.gamma(2.0, 3.0, (2, 40)))
+    rewards = 0.1 * sequence_log_ratio(policy, ref)
+    state = empty_moments()
+    for rows in (slice(0, 8), slice(8, 40)):
+        state = merge_moments(state, moments_of(rewards[rows], jnp.ones(rewards[rows].shape, bool)))
+    np.testing.assert_allclose(state.mean, np.asarray(rewards, np.float64).mean(), rtol=1e-5)
 
 
 def token_batch():

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rljax.data.batches import DataPosition, Encoded, Kept, as_arrays, draw, pad
+from rljax.data.batches import DataPosition, Encoded, Kept, as_arrays, draw, encode_row, pad
 from rljax.data.rows import DataError, Row
 from rljax.data.splits import split_of
 from rljax.data.tokenizer import Messages, Tokenizer
@@ -72,9 +72,8 @@ class PreferenceSource:
                     raise
                 self.bad.append(str(error))
                 continue
-            encoded = [
-                as_arrays(tokenizer.render_with_completion(comparison.prompt, c)) for c in comparison.completions
-            ]
+            encode, prompt = tokenizer.render_with_completion, comparison.prompt
+            encoded = [as_arrays(encode_row(number, encode, prompt, side)) for side in comparison.completions]
             longest = max(longest, *(len(ids) for ids, _ in encoded))
             if any(len(ids) > length for ids, _ in encoded):
                 dropped += 1

@@ -1,8 +1,10 @@
 """The one place that knows the mesh: its axes, the rules from logical to mesh axes, and host <-> global arrays."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +53,7 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
-        """The spec of an array with these logical axes. With ``shape``, a dimension that does not divide is replicated."""
+        """The spec of an array with these logical axes. With ``shape``, what does not divide is replicated."""
         table = dict(self.rules)
         entries = [table.get(axis) if axis else None for axis in axes]
         if shape is not None:
@@ -94,24 +96,9 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, ...]:
 
     Raises MeshError where the string is malformed or does not multiply to the number of devices.
     """
-    fields = [field.strip() for field in text.split(",")]
-    try:
-        if any(":" in field for field in fields):
-            named = dict(field.split(":") for field in fields)
-            unknown = sorted(set(named) - set(MESH_AXES))
-            if unknown:
-                raise MeshError(f"mesh {text!r}: no axis named {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
-            sizes = [int(named.get(axis, 1)) for axis in MESH_AXES]
-        else:
-            sizes = [int(field) for field in fields]
-    except ValueError as error:
-        if isinstance(error, MeshError):
-            raise
-        raise MeshError(f"mesh {text!r} is not like '1,-1,4' or 'fsdp:-1,tensor:4'") from None
-    if len(sizes) != len(MESH_AXES) or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise MeshError(
-            f"mesh {text!r} needs {len(MESH_AXES)} positive sizes ({','.join(MESH_AXES)}), at most one of them -1"
-        )
+    sizes = _written_sizes(text)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise MeshError(f"mesh {text!r}: sizes are positive, and at most one of them is -1 (what is left)")
     known = math.prod(size for size in sizes if size != -1)
     if device_count % known or (-1 not in sizes and known != device_count):
         raise MeshError(
@@ -120,8 +107,22 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, ...]:
     return tuple(device_count // known if size == -1 else size for size in sizes)
 
 
+def _written_sizes(text: str) -> list[int]:
+    fields = [re.fullmatch(r"(?:(\w+):)?(-?\d+)", field.strip()) for field in text.split(",")]
+    names = [field[1] for field in fields if field]
+    sizes = [int(field[2]) for field in fields if field]
+    if len(sizes) == len(fields) == len(MESH_AXES) and set(names) == {None}:
+        return sizes
+    if len(sizes) < len(fields) or None in names:
+        raise MeshError(f"mesh {text!r} is not like '1,-1,4' ({','.join(MESH_AXES)}) or 'fsdp:-1,tensor:4'")
+    wrong = [name for i, name in enumerate(names) if name not in MESH_AXES or name in names[:i]]
+    if wrong:
+        raise MeshError(f"mesh {text!r}: {wrong[0]!r} is not one of {', '.join(MESH_AXES)}, each named once")
+    return [dict(zip(names, sizes, strict=True)).get(axis, 1) for axis in MESH_AXES]
+
+
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of Auto axes over all devices; with several TPU slices the replica axis lies on the network between them."""
+    """A mesh of Auto axes over all devices; with several TPU slices the replica axis crosses the network."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = parse_mesh(text, len(devices))
     slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
@@ -154,15 +155,25 @@ def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def owned_rows(sharding: NamedSharding, rows: int, process_index: int) -> np.ndarray:
     """The rows whose lowest holder is this process: it alone decodes and rewards them. Bool, shape [rows]."""
     owner = np.full(rows, np.iinfo(np.int32).max)
-    for device, index in sharding.devices_indices_map((rows,)).items():
+    holders: Mapping[jax.Device, Any] = sharding.devices_indices_map((rows,))
+    for device, index in holders.items():
         owner[index[0]] = np.minimum(owner[index[0]], device.process_index)
     return owner == process_index
 
 
 def agree(value: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The same value on every process: ``reduce`` over the processes' stacked values. Without peers it costs nothing."""
+    """The same value on every process: ``reduce`` over their stacked values. Costs nothing without peers."""
     if jax.process_count() == 1:
         return reduce(np.asarray(value)[None])
     from jax.experimental import multihost_utils
 
     return reduce(np.asarray(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def gather(tree: Any) -> Any:
+    """NumPy copies of global arrays, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, jax.device_get(tree))
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

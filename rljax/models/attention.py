@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rljax.models.layers import contract, wide_dtype
 from rljax.sharding import Layout
 
 # attend(q, k, v, cache, layer) -> (output, cache): what a block calls; who calls the skeleton decides what it does.
@@ -32,13 +33,12 @@ def attention(
     """Softmax attention with grouped kv heads; scores and softmax in float32. A query that sees nothing gets a mean."""
     b, t, n, h = q.shape
     groups = q.reshape(b, t, k.shape[1], n // k.shape[1], h)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btkgh,bksh->bkgts", groups, k, preferred_element_type=wide) * scale
+    wide = wide_dtype(q.dtype)
+    scores = contract("btkgh,bksh->bkgts", groups, k, wide) * scale
     # Finite, so that rows of padding stay finite and their zero cotangents do not become NaN.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min / 2)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=wide)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    return contract("bkgts,bksh->btkgh", weights, v, q.dtype).reshape(b, t, n, h)
 
 
 def visibility(
@@ -61,28 +61,37 @@ def replicate_kv(x: Float[Array, "b t k h"], layout: Layout) -> Float[Array, "b 
 
 
 def full_attend(
-    positions: Int[Array, "b t"], segments: Int[Array, "b t"], window: int | None, layout: Layout, scale: float
+    positions: Int[Array, "b t"],
+    segments: Int[Array, "b t"],
+    window: int | None,
+    layout: Layout,
+    scale: float,
+    chunk: int = QUERY_CHUNK,
 ) -> Attend:
     """Whole rows at once, as training and scoring need them: no cache."""
 
     def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
-        length = q.shape[1]
 
         def rows(q: Array, query_positions: Array, query_segments: Array) -> Array:
             seen = visibility(query_positions, positions, query_segments, segments, window)
             return attention(q, k, v, seen, scale)
 
-        if length <= QUERY_CHUNK or length % QUERY_CHUNK:
+        if q.shape[1] <= chunk:
             return rows(q, positions, segments), cache
-        chunks = length // QUERY_CHUNK
-        split = [
-            x.reshape(x.shape[0], chunks, QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1) for x in (q, positions, segments)
-        ]
-        out = jax.lax.map(lambda chunk: jax.checkpoint(rows)(*chunk), tuple(split))
-        return out.swapaxes(0, 1).reshape(q.shape), cache
+        # Padding queries belong to segment 0: they see nothing, stay finite and are cut off again.
+        split = tuple(_split_columns(x, chunk) for x in (q, positions, segments))
+        out = jax.lax.map(lambda part: jax.checkpoint(rows)(*part), split).swapaxes(0, 1)
+        return out.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]], cache
 
     return attend
+
+
+def _split_columns(x: Array, chunk: int) -> Array:
+    """[B, T, ...] to [T / chunk, B, chunk, ...], T rounded up with zeros."""
+    spare = -x.shape[1] % chunk
+    padded = jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2))
+    return padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
 def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], layout: Layout, scale: float) -> Attend:

@@ -1,4 +1,4 @@
-"""The decoder skeleton, once: embed, scan over stacked layers, norm, hidden states out. Families differ in their block."""
+"""The decoder skeleton, once: embed, scan over stacked layers, norm, hidden states out. Families differ in a block."""
 
 import dataclasses
 import math
@@ -12,7 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attend, Cache, full_attend
-from rljax.models.layers import Param, Rope, RopeScaling, dot, make_rope, rms_norm, rope_frequencies, rotate, swiglu
+from rljax.models.layers import (
+    Param,
+    Rope,
+    RopeScaling,
+    contract,
+    dot,
+    make_rope,
+    rms_norm,
+    rope_frequencies,
+    rotate,
+    swiglu,
+    wide_dtype,
+)
 from rljax.sharding import VOCAB_BLOCK, Layout
 
 Params = dict[str, Any]
@@ -62,11 +74,12 @@ class HfKey(NamedTuple):
 
 
 class Family(Protocol):
-    """A family is a module with these names."""
+    """A family is a module with these names. ``Config`` is DecoderConfig, or a subclass where a family has more."""
 
     Config: type[DecoderConfig]
 
     def from_hf(self, config: dict) -> DecoderConfig: ...
+    def to_hf(self, config: Any) -> dict: ...
     def declare_layer(self, config: Any) -> dict[str, Param]: ...
     def block(
         self, config: Any, layout: Layout, w: Params, x: Array, rope: Rope, attend: Attend, cache: Any, layer: Array
@@ -154,7 +167,7 @@ def forward(
     c = model.config
     x = layout.constrain(params["embed"][tokens].astype(dtype), "batch", None, None)
     rope = make_rope(positions, rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-    block = partial(model.family.block, c, layout)
+    block: Block = partial(model.family.block, c, layout)
     if REMAT_POLICIES[remat] is not None:
         block = jax.checkpoint(block, policy=REMAT_POLICIES[remat], static_argnums=(3,))
 
@@ -173,10 +186,9 @@ def head_table(params: Params) -> Float[Array, "v d"]:
 
 def logits(model: Model, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """Float32 logits over the padded vocabulary, minus infinity at the padding. For decoding; training takes chunks."""
-    table = head_table(params).astype(hidden.dtype)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-    scores = jax.lax.dot_general(hidden, table, dims, preferred_element_type=wide)
+    table = head_table(params)
+    rows = "abc"[: hidden.ndim - 1]
+    scores = contract(f"{rows}y,zy->{rows}z", hidden, table, wide_dtype(hidden.dtype))
     return jnp.where(jnp.arange(table.shape[0]) < model.config.vocab_size, scores, -jnp.inf)
 
 

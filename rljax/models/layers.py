@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -18,49 +19,62 @@ class Param(NamedTuple):
     init: str = "normal"  # normal | ones | zeros
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot(x: Float[Array, "*rows c"], w: Float[Array, "..."], contracted: int = 1) -> Float[Array, "..."]:
-    """Contract the last ``contracted`` axes of x with the first of w: the one door for matrix products.
+    """Contract the last ``contracted`` axes of x with the first of w: the one door for weights.
 
-    Operands in x's dtype, accumulation in float32 (float64 for float64), result in x's dtype. The derivative casts the
-    cotangent to x's dtype and accumulates alike, so that no product of mixed dtypes exists in either direction; w may
-    be a float32 master copy and then gets a float32 gradient.
+    The result has x's dtype. A leaf that is no plain array (an adapter, a quantised table) gets its own branch here.
     """
-    return _product(x, w.astype(x.dtype), contracted, (), x.dtype)
+    rows, inner = x.ndim - contracted, "uvw"[:contracted]
+    outer = "xyz"[: w.ndim - contracted]
+    return contract(f"{'abcde'[:rows]}{inner},{inner}{outer}->{'abcde'[:rows]}{outer}", x, w, x.dtype)
 
 
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."], out_dtype: DTypeLike) -> Float[Array, "..."]:
+    """An einsum of two arrays (each index in two of the three terms) that is never of mixed dtypes, either way.
+
+    Both operands in a's dtype, accumulation in float32 (float64 for float64), result in ``out_dtype``. The derivative
+    casts the cotangent to a's dtype and accumulates alike; plain autodiff would multiply float32 by bfloat16. b may be
+    a float32 master copy and then gets a float32 gradient.
+    """
+    return _einsum(spec, a, b).astype(out_dtype)
+
+
+def _einsum(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b.astype(a.dtype), preferred_element_type=wide_dtype(a.dtype))
+
+
+def _contract_forward(spec: str, a: Array, b: Array, out_dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+    return contract(spec, a, b, out_dtype), (a, b)
+
+
+def _contract_backward(spec: str, out_dtype: DTypeLike, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    a, b = saved
+    operands, out = spec.split("->")
+    left, right = operands.split(",")
+    g = g.astype(a.dtype)
+    da = _einsum(f"{out},{right}->{left}", g, b)
+    db = _einsum(f"{left},{out}->{right}", a, g)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+def wide_dtype(dtype: DTypeLike) -> DTypeLike:
+    """What sums, softmaxes and norms are taken in: float32, or float64 where that is the compute dtype."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _product(a: Array, b: Array, contracted: int, batch: tuple, out_dtype: jnp.dtype) -> Array:
-    """Contract a's last axes with b's first."""
-    dims = (tuple(range(a.ndim - contracted, a.ndim)), tuple(range(contracted)))
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=_accumulator(a.dtype)).astype(out_dtype)
-
-
-def _dot_forward(x: Array, w: Array, contracted: int) -> tuple[Array, tuple[Array, Array]]:
-    return dot(x, w, contracted), (x, w)
-
-
-def _dot_backward(contracted: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
-    g = g.astype(x.dtype)
-    rows = x.ndim - contracted
-    over_outputs = (tuple(range(rows, g.ndim)), tuple(range(contracted, w.ndim)))
-    over_rows = (tuple(range(rows)), tuple(range(rows)))
-    accumulate = partial(jax.lax.dot_general, preferred_element_type=_accumulator(x.dtype))
-    dx = accumulate(g, w.astype(x.dtype), (over_outputs, ((), ())))
-    dw = accumulate(x, g, (over_rows, ((), ())))
-    return dx.astype(x.dtype), dw.astype(w.dtype)
-
-
-dot.defvjp(_dot_forward, _dot_backward)
+def add_bias(x: Float[Array, "b t n h"], bias: Float[Array, "n h"]) -> Float[Array, "b t n h"]:
+    """In float32 and back, so that the bias's gradient is summed in float32 too."""
+    wide = wide_dtype(x.dtype)
+    return (x.astype(wide) + bias.astype(wide)).astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """x / rms(x) * weight, in float32 and back (1910.07467)."""
-    wide = x.astype(_accumulator(x.dtype))
+    wide = x.astype(wide_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.astype(wide.dtype)).astype(x.dtype)
 
@@ -108,7 +122,7 @@ def make_rope(positions: Int[Array, "b t"], frequencies: Float[Array, " half"]) 
 
 def rotate(x: Float[Array, "b t n h"], rope: Rope) -> Float[Array, "b t n h"]:
     """Rotate pairs (i, i + H/2), the layout of Hugging Face checkpoints."""
-    wide = _accumulator(x.dtype)
+    wide = wide_dtype(x.dtype)
     cos, sin = rope.cos[:, :, None].astype(wide), rope.sin[:, :, None].astype(wide)
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

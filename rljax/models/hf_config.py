@@ -1,7 +1,8 @@
-"""Hugging Face's config.json, old and new layout, to the fields every family shares."""
+"""config.json to the fields every family shares, and back: old and transformers-5 layout in, the old layout out."""
 
 from typing import Any
 
+from rljax.models.decoder import DecoderConfig
 from rljax.models.layers import RopeScaling
 
 
@@ -16,52 +17,103 @@ def refuse(config: dict, **unsupported: Any) -> None:
             raise ModelFolderError(f"config.json: {key} = {value!r} is not supported for {config['model_type']}")
 
 
-def _field(config: dict, key: str) -> Any:
+def required(config: dict, key: str) -> Any:
+    """A key that must be there and not null."""
     if config.get(key) is None:
         raise ModelFolderError(f"config.json of a {config.get('model_type', 'model')}: the key {key!r} is missing")
     return config[key]
 
 
-def _rope(config: dict) -> tuple[float, RopeScaling | None]:
-    """Old: rope_theta beside rope_scaling. transformers 5: both inside rope_parameters."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta")
-    if theta is None:
-        raise ModelFolderError("config.json: no rope_theta, neither at the top nor in rope_parameters")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), RopeScaling(kind=kind, factor=float(_field(rope, "factor")))
-    if kind == "llama3":
-        return float(theta), RopeScaling(
-            kind=kind,
-            factor=float(_field(rope, "factor")),
-            low_freq_factor=float(_field(rope, "low_freq_factor")),
-            high_freq_factor=float(_field(rope, "high_freq_factor")),
-            original_max_positions=int(_field(rope, "original_max_position_embeddings")),
+def refuse_sliding_layers(config: dict) -> None:
+    """Qwen may let its upper layers slide and its lower ones not; the skeleton here has one window for all layers."""
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ModelFolderError(
+            "config.json: sliding-window layers (use_sliding_window, layer_types) are not supported for "
+            f"{config['model_type']}; set use_sliding_window to false to attend to everything"
         )
-    raise ModelFolderError(f"config.json: rope type {kind!r} is not supported; default, linear and llama3 are")
 
 
 def decoder_fields(config: dict) -> dict[str, Any]:
     """The fields of DecoderConfig but ``sliding_window``, each read from the checkpoint; a missing one is an error."""
     if config.get("hidden_act", "silu") != "silu":
         raise ModelFolderError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; silu is")
+    if config.get("quantization_config"):
+        raise ModelFolderError("config.json: quantised weights (quantization_config) are not supported")
     theta, scaling = _rope(config)
-    heads = _field(config, "num_attention_heads")
+    heads = required(config, "num_attention_heads")
     return {
-        "vocab_size": _field(config, "vocab_size"),
-        "width": _field(config, "hidden_size"),
-        "num_layers": _field(config, "num_hidden_layers"),
+        "vocab_size": required(config, "vocab_size"),
+        "width": required(config, "hidden_size"),
+        "num_layers": required(config, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or _field(config, "hidden_size") // heads,
-        "ffn_width": _field(config, "intermediate_size"),
-        "norm_eps": _field(config, "rms_norm_eps"),
+        "head_dim": config.get("head_dim") or required(config, "hidden_size") // heads,
+        "ffn_width": required(config, "intermediate_size"),
+        "norm_eps": required(config, "rms_norm_eps"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_positions": _field(config, "max_position_embeddings"),
+        "max_positions": required(config, "max_position_embeddings"),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "init_std": float(_field(config, "initializer_range")),
+        "init_std": float(required(config, "initializer_range")),
+    }
+
+
+def hf_fields(c: DecoderConfig) -> dict[str, Any]:
+    """The inverse of ``decoder_fields``. The old rope layout, which every version of transformers reads."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.ffn_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": c.rope_scaling and _hf_scaling(c.rope_scaling),
+        "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": c.tied_embeddings,
+        "initializer_range": c.init_std,
+    }
+
+
+def _rope(config: dict) -> tuple[float, RopeScaling | None]:
+    """Old: rope_theta beside rope_scaling. transformers 5: both inside rope_parameters."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # Llama 2's config.json is older than the key: what it leaves unsaid is 10,000.
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10_000.0)
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
+        raise ModelFolderError("config.json: a partial_rotary_factor other than 1 is not supported")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling(kind=kind, factor=float(_rope_field(rope, "factor")))
+    if kind == "llama3":
+        return float(theta), RopeScaling(
+            kind=kind,
+            factor=float(_rope_field(rope, "factor")),
+            low_freq_factor=float(_rope_field(rope, "low_freq_factor")),
+            high_freq_factor=float(_rope_field(rope, "high_freq_factor")),
+            original_max_positions=int(_rope_field(rope, "original_max_position_embeddings")),
+        )
+    raise ModelFolderError(f"config.json: rope type {kind!r} is not supported; default, linear and llama3 are")
+
+
+def _rope_field(rope: dict, key: str) -> Any:
+    if rope.get(key) is None:
+        raise ModelFolderError(f"config.json: the rope scaling needs the key {key!r}")
+    return rope[key]
+
+
+def _hf_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    fields = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return fields
+    return {
+        **fields,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
     }

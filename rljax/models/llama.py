@@ -1,6 +1,5 @@
 """Llama 2, 3, 3.1, 3.2 and models of their shape (SmolLM2, TinyLlama): 2302.13971, 2407.21783."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Array
@@ -15,19 +14,20 @@ from rljax.models.decoder import (
     declare_ffn,
     ffn_sublayer,
 )
-from rljax.models.hf_config import decoder_fields, refuse
+from rljax.models.hf_config import decoder_fields, hf_fields, refuse
 from rljax.models.layers import Param, Rope
 from rljax.sharding import Layout
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    pass
+Config = DecoderConfig
 
 
 def from_hf(config: dict) -> Config:
     refuse(config, attention_bias=True, mlp_bias=True)
     return Config(**decoder_fields(config), sliding_window=None)
+
+
+def to_hf(config: Config) -> dict:
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **hf_fields(config)}
 
 
 def declare_layer(config: Config) -> dict[str, Param]:

@@ -1,0 +1,194 @@
+"""Parameters to a Hugging Face folder that transformers loads with the same logits."""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from rljax.models.decoder import Model, Params
+from rljax.models.hf_config import ModelFolderError
+from rljax.models.hf_tensors import Leaf, get, leaves
+
+STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Tensor(NamedTuple):
+    """One tensor to write; ``layer`` of a stacked leaf, None of another."""
+
+    name: str
+    leaf: Leaf
+    layer: int | None
+
+
+def save_hf(
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    tokenizer: Any = None,
+    generation_config: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write config, weights and, where given, generation config and tokenizer: what ``from_pretrained`` needs.
+
+    All processes call this together: they gather one tensor at a time and process 0 writes it, so that host memory
+    stays at one tensor. The vocabulary's padding is left out and a tied table is stored once. The folder appears whole
+    or not at all; a model folder of the same name is replaced, anything else in its place is an error.
+    ``generation_config`` has bos_token_id, eos_token_id (one or several) and what else transformers' class takes.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"cannot store weights as {dtype!r}; {', '.join(STORED_DTYPES)} can be")
+    writes = jax.process_index() == 0
+    folder = _begin(path) if writes else None
+    try:
+        _write_weights(folder, model, params, dtype, max_shard_bytes)
+        if folder is not None:
+            _write_configs(folder, model, generation_config or {}, dtype)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            _publish(folder, path)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("save_hf")
+
+
+def _begin(path: str | os.PathLike) -> Path:
+    """An empty folder beside the final one, on the same file system; of a bucket in the temporary folder."""
+    text = os.fspath(path)
+    if "://" in text:
+        return Path(tempfile.mkdtemp(prefix="rljax-export-"))
+    target = Path(text)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "config.json").exists())):
+        raise ModelFolderError(f"{target} exists and is no model folder; name another or move it away")
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+
+
+def _publish(folder: Path, path: str | os.PathLike) -> None:
+    if "://" in os.fspath(path):
+        # A bucket has no rename: config.json, without which nothing loads, goes last.
+        target = epath.Path(path)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            epath.Path(file).copy(target / file.name, overwrite=True)
+        return
+    folder.chmod(0o755)
+    if Path(path).exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{Path(path).name}.", dir=folder.parent))
+        os.replace(path, old)
+        os.replace(folder, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(folder, path)
+
+
+def _write_configs(folder: Path, model: Model, generation_config: dict[str, Any], dtype: str) -> None:
+    # Other readers than transformers look for the special tokens in config.json.
+    special = {key: value for key, value in generation_config.items() if key.endswith("_token_id")}
+    _write_json(folder / "config.json", {**model.family.to_hf(model.config), **special, "torch_dtype": dtype})
+    if generation_config:
+        _write_json(folder / "generation_config.json", generation_config)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str, max_shard_bytes: float) -> None:
+    """Every process runs through the same tensors; ``folder`` is None on those that do not write."""
+    item_bytes = jnp.dtype(dtype).itemsize
+    shards = _shards(_tensors(model), item_bytes, max_shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        arrays = (_host_tensor(tensor, params, dtype) for tensor in shard)
+        if folder is None:
+            for _ in arrays:
+                pass
+        else:
+            with (folder / name).open("wb") as file:
+                _write_safetensors(file, shard, arrays, dtype)
+    if folder is not None and len(shards) > 1:
+        total = sum(_size(tensor, item_bytes) for shard in shards for tensor in shard)
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _tensors(model: Model) -> list[Tensor]:
+    return [
+        Tensor(name, leaf, layer if leaf.stacked else None)
+        for leaf in leaves(model)
+        for layer, name in enumerate(leaf.names)
+    ]
+
+
+def _size(tensor: Tensor, item_bytes: int) -> int:
+    return int(np.prod(tensor.leaf.shape)) * item_bytes
+
+
+def _shards(tensors: Sequence[Tensor], item_bytes: int, max_bytes: float) -> list[list[Tensor]]:
+    """In order, each as full as ``max_bytes`` allows; a tensor larger than that has a file of its own."""
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        size = _size(tensor, item_bytes)
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    return shards
+
+
+def _host_tensor(tensor: Tensor, params: Params, dtype: str) -> np.ndarray:
+    """As it is stored, on every process's host."""
+    array = get(params, tensor.leaf.path)
+    everywhere = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, jax.P())
+    host = np.asarray(_take(array, tensor.layer, dtype, everywhere))
+    return tensor.leaf.to_stored(host[: tensor.leaf.shape[0]])  # what is cut pads the vocabulary
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _take(array: Array, layer: int | None, dtype: str, sharding: NamedSharding | None) -> Array:
+    part = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    part = part.astype(dtype)
+    return part if sharding is None else jax.lax.with_sharding_constraint(part, sharding)
+
+
+def _write_safetensors(file: BinaryIO, shard: Sequence[Tensor], arrays: Iterator[np.ndarray], dtype: str) -> None:
+    """The format is a length, a JSON header and the bytes; the library's own writer wants all arrays at once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        end = offset + _size(tensor, jnp.dtype(dtype).itemsize)
+        header[tensor.name] = {
+            "dtype": STORED_DTYPES[dtype],
+            "shape": tensor.leaf.stored_shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for array in arrays:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,93 @@
+"""Model folders: a local path, a bucket's or a name on the Hub, and the json files inside."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from rljax.models.hf_config import ModelFolderError
+
+CONFIG_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # configs and tokenizers, no weights
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def local_folder(name: str | os.PathLike, patterns: Sequence[str] = CONFIG_FILES) -> Path:
+    """The local folder of a model, with at least its files that match.
+
+    A local path is taken as it is. A bucket's files (``gs://...``) are copied once to the temporary folder (TMPDIR),
+    which must have room for them. Anything else is a name on the Hub, downloaded to its cache.
+    """
+    text = os.path.expanduser(name)
+    if "://" in text:
+        return _copy_from_bucket(text, patterns)
+    if Path(text).is_dir():
+        return Path(text)
+    if text.startswith((".", "/")) or text.count("/") > 1:
+        raise ModelFolderError(f"model folder {text} does not exist")
+    return _download(text, patterns)
+
+
+def _copy_from_bucket(url: str, patterns: Sequence[str]) -> Path:
+    source = epath.Path(url)
+    target = Path(tempfile.gettempdir()) / f"rljax-model-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    target.mkdir(exist_ok=True)
+    try:
+        files = [file for file in source.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
+        for file in files:
+            if not (target / file.name).exists() or (target / file.name).stat().st_size != file.stat().length:
+                partial = target / f".{file.name}.{os.getpid()}"  # several processes of one host may copy at once
+                file.copy(partial, overwrite=True)
+                os.replace(partial, target / file.name)
+    except (OSError, ImportError) as error:
+        raise ModelFolderError(f"model folder {url} cannot be read: {error}") from error
+    if not files:
+        raise ModelFolderError(f"model folder {url} has no file like {' or '.join(patterns)}")
+    return target
+
+
+def _download(name: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # huggingface_hub has a dozen kinds, and httpx its own
+        raise ModelFolderError(
+            f"model {name!r} is not a local folder and could not be had from the Hugging Face Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give a path, or check the name and the network"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelFolderError(f"model folder {file.parent} has no {file.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{file} holds a {type(content).__name__} where a JSON object belongs")
+    return content
+
+
+def load_generation_config(name: str | os.PathLike) -> dict[str, Any]:
+    """What the folder says about special tokens: generation_config.json over config.json.
+
+    ``eos_token_id`` is a list (there may be several, or none); ``bos_token_id`` and ``pad_token_id`` an id or None.
+    """
+    folder = local_folder(name)
+    said = read_json(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        said = {**said, **read_json(folder / "generation_config.json")}
+    ends = said.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
+    return {
+        "bos_token_id": said.get("bos_token_id"),
+        "eos_token_id": ends,
+        "pad_token_id": said.get("pad_token_id"),
+    }

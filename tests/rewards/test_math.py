@@ -168,7 +168,7 @@ def test_every_math500_reference_solution_scores_one(data_dir):
     rows = read(data_dir / "datasets/math/math500.jsonl")
     assert sum(math_answer("", row["solution"], row["answer"]).value for row in rows) == len(rows) == 500
     for row, following in pairwise(rows):
-        agree = row["answer"] == following["answer"]
+        agree = row["answer"].removeprefix("x=") == following["answer"].removeprefix("x=")
         assert math_answer("", following["solution"], row["answer"]).correct is agree
 
 

@@ -8,6 +8,8 @@ from rljax.data.splits import SPLITS, split_of
 
 ALPHABET = "0123456789+-=;#"
 
+GIVE_UP_AFTER = 20_000  # draws in a row that give no new problem of the split
+
 # difficulty -> (fewest operands, most operands, largest operand)
 DIFFICULTIES = {1: (2, 3, 9), 2: (2, 4, 20), 3: (3, 4, 50), 4: (3, 5, 99)}
 
@@ -49,12 +51,13 @@ def make_rows(
         prompt = f"{terms[0]}" + "".join(f"{term:+d}" for term in terms[1:]) + "="
         if prompt in rows or split_of(problem_key(terms)) != split:
             misses += 1
-            if misses > 1000 + 100 * count:
+            if misses > GIVE_UP_AFTER:
                 raise ValueError(
                     f"arithmetic found only {len(rows)} different problems of {count} in split {split!r}; "
                     "ask for fewer or for a higher difficulty"
                 )
             continue
+        misses = 0
         solution = worked_solution(terms)
         answer = solution[solution.index("#") + 1 :]
         rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}

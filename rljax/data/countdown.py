@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax.data.arithmetic import GIVE_UP_AFTER
 from rljax.data.splits import SPLITS, split_of
 
 ALPHABET = "0123456789+-*()=;#,>"
@@ -35,12 +36,13 @@ def make_rows(
         right_split = split_of(problem_key(numbers, target)) == split
         if prompt in rows or not 1 <= target <= largest_target or not right_split:
             misses += 1
-            if misses > 1000 + 100 * count:
+            if misses > GIVE_UP_AFTER:
                 raise ValueError(
                     f"countdown found only {len(rows)} different problems of {count} in split {split!r}; "
                     "ask for fewer or for more operands"
                 )
             continue
+        misses = 0
         rows[prompt] = {
             "prompt": prompt,
             "numbers": numbers,

@@ -191,14 +191,13 @@ def wrap_tokenizer(
         end_ids.append(turn_end)
     if not end_ids:
         raise ValueError(f"the tokenizer {name} has no end token; name one with end_tokens")
-    first = hf.convert_ids_to_tokens(hf("a", add_special_tokens=False).input_ids[:1])
     return Tokenizer(
         hf=hf,
         end_ids=tuple(dict.fromkeys(end_ids)),
         pad_id=hf.pad_token_id if hf.pad_token_id is not None else 0,
         bos_id=hf.bos_token_id,
         add_bos=hf.bos_token_id is not None and list(hf("").input_ids)[:1] == [hf.bos_token_id],
-        dummy_prefix=bool(first) and first[0].startswith("▁"),
+        dummy_prefix=_has_dummy_prefix(hf, vocab),
         vocab_size=vocab_size,
         template=chosen,
     )
@@ -225,6 +224,13 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
         clean_up_tokenization_spaces=False,
     )
     return wrap_tokenizer(hf, name="of characters")
+
+
+def _has_dummy_prefix(hf: Any, vocab: dict[str, int]) -> bool:
+    if not any(token.startswith("▁") for token in vocab):
+        return False
+    first = hf("a", add_special_tokens=False).input_ids[0]
+    return hf.convert_ids_to_tokens(first).startswith("▁")
 
 
 def _end_id(token: str | int, vocab: dict[str, int], vocab_size: int, name: str) -> int:

@@ -1,0 +1,112 @@
+"""Generated tasks: right answers, disjoint splits, an order that is the seed's."""
+
+import re
+
+import pytest
+
+from rljax.data import arithmetic, countdown, stories
+from rljax.data.tokenizer import character_tokenizer
+
+pytestmark = pytest.mark.fast
+
+COUNTS = {"train": 2000, "dev": 200, "test": 512}
+
+
+@pytest.mark.parametrize("difficulty", [2, 3, 4])
+def test_arithmetic_is_right_step_by_step(difficulty):
+    for row in arithmetic.make_rows(split="train", count=500, difficulty=difficulty):
+        assert int(row["answer"]) == eval(row["prompt"].rstrip("="))
+        *steps, last = row["solution"].split(";")
+        assert last == "#" + row["answer"]
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right) >= 0
+        assert steps[0].startswith(re.match(r"\d+", row["prompt"])[0])
+        assert len(steps) == len(re.findall(r"[+-]", row["prompt"]))
+
+
+def test_worked_solution_by_hand():
+    # 17 + 25 = 42, 42 - 8 = 34
+    assert arithmetic.worked_solution([17, 25, -8]) == "17+25=42;42-8=34;#34"
+
+
+@pytest.mark.parametrize("task", [arithmetic, countdown])
+def test_splits_are_disjoint_whatever_the_seeds(task):
+    prompts = {
+        split: {row["prompt"] for seed in (0, 1, 2) for row in task.make_rows(split=split, count=count, seed=seed)}
+        for split, count in COUNTS.items()
+    }
+    assert all(len(prompts[split]) >= count for split, count in COUNTS.items())
+    assert not prompts["train"] & prompts["dev"]
+    assert not prompts["train"] & prompts["test"]
+    assert not prompts["dev"] & prompts["test"]
+
+
+def test_arithmetic_splits_are_disjoint_up_to_the_order_of_terms():
+    def keys(split, count):
+        rows = arithmetic.make_rows(split=split, count=count)
+        return {tuple(sorted(re.findall(r"[+-]?\d+", "+" + row["prompt"]))) for row in rows}
+
+    assert not keys("train", 3000) & keys("test", 512)
+
+
+def test_arithmetic_order_is_the_seeds():
+    first = arithmetic.make_rows(split="train", count=50, seed=3)
+    assert first == arithmetic.make_rows(split="train", count=50, seed=3)
+    assert first == arithmetic.make_rows(split="train", count=80, seed=3)[:50]
+    assert first != arithmetic.make_rows(split="train", count=50, seed=4)
+
+
+@pytest.mark.parametrize("task", [arithmetic, countdown])
+def test_alphabet_spells_every_row(task):
+    tokenizer = character_tokenizer(task.ALPHABET)
+    for row in task.make_rows(split="train", count=300):
+        text = row["prompt"] + row["solution"]
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_too_many_problems_and_wrong_names_are_said():
+    with pytest.raises(ValueError, match=r"found only \d+ different problems of 5000 in split 'test'"):
+        arithmetic.make_rows(split="test", count=5000, bounds=(2, 2, 9))
+    with pytest.raises(ValueError, match="no difficulty 9; it has 1, 2, 3, 4"):
+        arithmetic.make_rows(split="train", difficulty=9)
+    with pytest.raises(ValueError, match="no split 'val'; it has train, dev, test"):
+        arithmetic.make_rows(split="val")
+
+
+def test_countdown_solutions_use_each_number_once_and_reach_the_target():
+    for row in countdown.make_rows(split="train", count=500, operands=4):
+        expression = row["solution"].split("#")[1]
+        assert eval(expression) == row["target"] == int(row["answer"])
+        assert sorted(map(int, re.findall(r"\d+", expression))) == sorted(row["numbers"])
+        for step in row["solution"].split("#")[0].split(";")[:-1]:
+            left, right = step.split("=")
+            assert eval(left) == int(right) >= 0
+
+
+def test_stories_are_cut_by_their_marker_or_by_single_line_breaks():
+    assert stories.split_stories("\nA b.\nC.\n<|endoftext|>\nD.\n<|endoftext|>\nunfin") == ["A b.\nC.", "D."]
+    assert stories.split_stories("A.\n\nB.\nC.\n\nD.\nunfin") == ["A.\n\nB.", "C.\n\nD."]
+
+
+@pytest.mark.parametrize("files", [["a"], ["b"], ["a", "b"]])
+def test_story_prompts_of_the_real_files(data_dir, files):
+    paths = [data_dir / f"datasets/text/tinystories_{name}.txt" for name in files]
+    path = ",".join(map(str, paths))
+    everything = "\n".join(file.read_text() for file in paths)
+    rows = {split: stories.make_rows(split=split, path=path) for split in COUNTS}
+    prompts = {split: {row["prompt"] for row in rows[split]} for split in COUNTS}
+    assert len(rows["train"]) > 600 and len(rows["dev"]) > 60 and len(rows["test"]) > 60
+    assert not prompts["train"] & (prompts["dev"] | prompts["test"]) and not prompts["dev"] & prompts["test"]
+    for row in rows["test"]:
+        assert row["prompt"] + row["continuation"] in everything
+        assert len(row["words"]) == 2
+        for word in row["words"]:
+            assert re.search(rf"\b{word}\b", row["continuation"]) and not re.search(rf"\b{word}\b", row["prompt"])
+    assert stories.make_rows(split="dev", path=path, count=5, seed=1) != rows["dev"][:5]
+    assert stories.make_rows(split="dev", path=path, count=5) == rows["dev"][:5]
+
+
+def test_story_file_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"story file .*nope.txt does not exist"):
+        stories.make_rows(split="train", path=str(tmp_path / "nope.txt"))

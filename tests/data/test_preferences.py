@@ -1,0 +1,133 @@
+"""Pairs, rankings and labels: sides, end tokens, budgets, and rows that are refused by number."""
+
+import numpy as np
+import pytest
+
+from rljax.data.batches import DataPosition
+from rljax.data.preferences import PreferenceSource, read_comparison, rows_of_split
+from rljax.data.rows import DataError, load_rows
+from rljax.data.tokenizer import character_tokenizer, load_tokenizer
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture(scope="module")
+def letters():
+    return character_tokenizer("abcdefgh ")
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_pair_by_hand(letters):
+    source = PreferenceSource([{"prompt": "ab", "chosen": "c", "rejected": "de"}], letters, 8, seed=0)
+    _, batch, position = source.take(DataPosition(), 1)
+    assert position == DataPosition(1, 0) and source.answers == 2
+    # ids: <pad> 0, <bos> 1, <eos> 2, a 3, b 4, c 5, d 6, e 7
+    np.testing.assert_array_equal(batch.tokens, [[1, 3, 4, 5, 2, 0, 0, 0], [1, 3, 4, 6, 7, 2, 0, 0]])
+    np.testing.assert_array_equal(batch.valid.sum(1), [5, 6])
+    np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.scores, [1, 0])
+    np.testing.assert_array_equal(batch.row_id, [0, 1])
+    assert batch.answer_valid.all() and batch.scores.dtype == np.float32
+
+
+def test_a_side_over_the_budget_drops_the_pair_and_is_counted(letters):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * n} for n in (1, 5, 2)]
+    source = PreferenceSource(rows, letters, 7, seed=0)  # BOS, a, five c, end: 8 tokens
+    assert source.rows == [rows[0], rows[2]] and source.kept == (2, 1, 8, 7)
+    assert sorted(source.take(DataPosition(), 2)[1].row_id) == [0, 1, 4, 5]
+    with pytest.raises(DataError, match="no preference row is left of 3: 3 too long, 0 unusable"):
+        PreferenceSource(rows, letters, 3, seed=0)
+
+
+def test_ragged_rankings(letters):
+    rows = [
+        {"prompt": "a", "completions": ["b", "c", "d"], "scores": [3, 1.5, 2]},
+        {"prompt": "a", "completions": ["e", "f"], "scores": [0, 1]},
+    ]
+    source = PreferenceSource(rows, letters, 6, seed=0, shuffle=False)
+    batch = source.take(DataPosition(), 2)[1]
+    assert source.answers == 3 and batch.tokens.shape == (6, 6)
+    np.testing.assert_array_equal(batch.scores, [3, 1.5, 2, 0, 1, 0])
+    np.testing.assert_array_equal(batch.answer_valid, [1, 1, 1, 1, 1, 0])
+    assert not batch.loss_mask[5].any() and batch.valid[5].any()  # nothing to train, still a text that can be read
+    np.testing.assert_array_equal(batch.row_id, np.arange(6))
+
+
+def test_labels(letters):
+    rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
+    source = PreferenceSource(rows, letters, 6, seed=0, shuffle=False)
+    batch = source.take(DataPosition(), 2)[1]
+    assert source.answers == 1
+    np.testing.assert_array_equal(batch.scores, [1, 0])
+
+
+def test_implicit_prompt_is_split_at_the_last_assistant_turn():
+    talk = [user("a"), assistant("b"), user("c")]
+    row = {"chosen": [*talk, assistant("d")], "rejected": [*talk, assistant("e")]}
+    assert read_comparison(row, 0) == (talk, ["d", "e"], [1.0, 0.0])
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": text + " d", "rejected": text + " e"}
+    assert read_comparison(row, 0) == (text, [" d", " e"], [1.0, 0.0])
+    row = {"prompt": "a", "chosen": [assistant("d")], "rejected": [assistant("e")]}
+    assert read_comparison(row, 0) == ("a", ["d", "e"], [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "row 7 has no 'rejected'; it has prompt, chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "row 7 has no 'rejected'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected of row 7 are equal"),
+        ({"prompt": "a", "completions": ["b"], "scores": [1]}, "row 7 has 1 answers to rank; give two or more"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "row 7 has 2 completions but 1 scores"),
+        ({"prompt": "a", "completions": ["b", "c"]}, "row 7 has no 'scores'"),
+        ({"prompt": "a", "completion": "b"}, "row 7 has no 'label'"),
+        ({"chosen": "b", "rejected": "c"}, "row 7 has no 'prompt' and its answers no 'Assistant:' to split at"),
+        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "row 7 has no 'prompt' and its answers are one"),
+        ({"chosen": [user("b")], "rejected": [user("c")]}, "an answer of row 7 does not end with an assistant turn"),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("b")]},
+            "the answers of row 7 continue different prompts",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(row, message):
+    with pytest.raises(DataError, match=message):
+        read_comparison(row, 7)
+
+
+def test_bad_rows_raise_or_are_counted(letters):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(DataError, match="chosen and rejected of row 0 are equal"):
+        PreferenceSource(rows, letters, 6, seed=0)
+    source = PreferenceSource(rows, letters, 6, seed=0, bad_rows="drop")
+    assert len(source) == 1 and len(source.bad) == 1 and source.kept.dropped == 0
+
+
+def test_splits_are_by_prompt():
+    rows = [{"prompt": f"p{i // 3}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(600)]
+    parts = {split: {row["prompt"] for row in rows_of_split(rows, split)} for split in ("train", "dev", "test")}
+    assert sum(map(len, parts.values())) == 200 and all(parts.values())
+    assert not parts["train"] & parts["test"] and not parts["train"] & parts["dev"] and not parts["dev"] & parts["test"]
+    assert sum(len(rows_of_split(rows, split)) for split in parts) == 600
+
+
+def test_real_pairs(data_dir):
+    rows = load_rows(str(data_dir / "datasets/prefs/hh_helpful_base_test.jsonl.gz"))
+    tokenizer = load_tokenizer(str(data_dir / "tokenizers/gpt2"))
+    source = PreferenceSource(rows[:400], tokenizer, 192, seed=0, bad_rows="drop")
+    # Row 168 and row 354 change an earlier turn: the split point is not shared.
+    assert len(source.bad) == 2 and source.bad[0].startswith("the answers of row 168 continue different prompts")
+    picked, batch, _ = source.take(DataPosition(), 16)
+    for k, row in enumerate(picked):
+        for place, side in ((2 * k, "chosen"), (2 * k + 1, "rejected")):
+            tokens, valid, mask = batch.tokens[place], batch.valid[place], batch.loss_mask[place]
+            assert tokenizer.hf.decode(tokens[valid]) == row[side] + "<|endoftext|>"
+            assert tokenizer.hf.decode(tokens[valid & ~mask]).endswith("\n\nAssistant:")

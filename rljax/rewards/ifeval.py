@@ -13,8 +13,13 @@ from typing import Any
 
 from rljax.rewards.base import Sample, Score
 from rljax.rewards.ifeval_constraints import IFEVAL, Checker
+from rljax.rewards.ifeval_constraints_ifbench_custom import IFBENCH_CUSTOM
+from rljax.rewards.ifeval_constraints_ifbench_format import IFBENCH_FORMAT
+from rljax.rewards.ifeval_constraints_ifbench_words import IFBENCH_WORDS
 
-INSTRUCTIONS: dict[str, Checker] = {**IFEVAL}
+# The 58 of IFBench have not been verified against a reference; the 25 of IFEval have.
+IFBENCH: dict[str, Checker] = {**IFBENCH_WORDS, **IFBENCH_FORMAT, **IFBENCH_CUSTOM}
+INSTRUCTIONS: dict[str, Checker] = {**IFEVAL, **IFBENCH}
 
 _VALUES: dict[str, Callable[[list[bool]], float]] = {
     "mean": lambda verdicts: sum(verdicts) / len(verdicts),

@@ -7,6 +7,7 @@ and the same words in capitals in all.
 
 import functools
 import re
+import string
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ _STARTER_LIST = """
     nevertheless nor since so some the there these they this though thus under we what when while yet you
 """
 _ABBREVIATIONS, _STARTERS = frozenset(_ABBREVIATION_LIST.split()), frozenset(_STARTER_LIST.split())
-_MARK = re.compile(r"""[.?!]+(?:["')\]}”’*]+|(?=\s|$))""")
+_PUNCTUATION = string.punctuation + "“”‘’…–—"
+_MARK = re.compile(r"""(?<![.?!])[.?!]++(?:["')\]}”’*]+|(?=\s|$))""")
 _LONGEST_ABBREVIATION = 40  # looking no further back keeps the scan linear in a text of nothing but periods
 _SPLIT_OFF = re.compile(
     r"""((?i:n't|'(?:s|m|d|ll|re|ve))\b|(?i:\b(?:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)))"""
@@ -33,6 +35,12 @@ _SPLIT_OFF = re.compile(
 def words(text: str) -> list[str]:
     """Runs of letters, digits and underscores: ``don't`` is two words."""
     return re.findall(r"\w+", text)
+
+
+def plain_words(text: str) -> list[str]:
+    """What stands between white space, without punctuation at its ends, in lower case: ``don't`` is one word."""
+    stripped = (word.strip(_PUNCTUATION).lower() for word in text.split())
+    return [word for word in stripped if word]
 
 
 def tokens(text: str) -> list[str]:

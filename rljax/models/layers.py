@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -95,19 +96,20 @@ class RopeScaling:
     original_max_positions: int = 0
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, " half"]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[np.ndarray, " half"]:
     """Radians a position for each rotary pair (2104.09864), stretched as the checkpoint was trained."""
-    # float32 throughout, whatever the compute dtype: the frequencies are part of the checkpoint's definition.
-    inverse = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # float32 whatever the compute dtype, and on the host: a compiled power is an ulp off, which at position 10,000
+    # shows in the logits. The frequencies are part of the checkpoint's definition.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
     if scaling is None:
         return inverse
     if scaling.kind == "linear":
-        return inverse / scaling.factor
-    wavelength = 2 * math.pi / inverse
-    turns = scaling.original_max_positions / wavelength
+        return inverse / np.float32(scaling.factor)
+    turns = scaling.original_max_positions * inverse / (2 * math.pi)
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return inverse * (smooth + (1 - smooth) / scaling.factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (inverse * (smooth + (1 - smooth) / scaling.factor)).astype(np.float32)
 
 
 class Rope(NamedTuple):
@@ -115,7 +117,7 @@ class Rope(NamedTuple):
     sin: Float[Array, "b t half"]
 
 
-def make_rope(positions: Int[Array, "b t"], frequencies: Float[Array, " half"]) -> Rope:
+def make_rope(positions: Int[Array, "b t"], frequencies: Float[np.ndarray, " half"]) -> Rope:
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return Rope(jnp.cos(angles), jnp.sin(angles))
 

@@ -53,7 +53,7 @@ def group_std(rewards: PerRow, group_id: GroupId) -> PerRow:
 
 
 def mixed_groups(scores: Shaped[Array, " b"], group_id: GroupId) -> RowMask:
-    """True for rows whose group is not all equal: what DAPO's dynamic sampling keeps (2503.14476, eq. 11).
+    """True for rows whose group is not all equal: what DAPO's dynamic sampling keeps (2503.14476).
 
     DAPO compares correctness, so that a length penalty does not keep an all-correct group; pass total rewards for the
     other reading.
@@ -89,7 +89,7 @@ def moments_of(x: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> RunningMoments
 
 
 def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
-    """Moments of both samples together (Chan, Golub and LeVeque 1979, eq. 2.1); any split gives the same."""
+    """Moments of both samples together (Chan, Golub and LeVeque 1979); any split gives the same."""
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
     delta = b.mean - a.mean

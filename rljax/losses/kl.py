@@ -67,7 +67,8 @@ def jensen_shannon(
         raise ValueError(f"jensen_shannon got weight={weight}; use one inside (0, 1), or full_kl for either end")
     logp = nn.log_softmax(at_least_float32(logits), axis=-1)
     logq = nn.log_softmax(at_least_float32(other_logits), axis=-1)
-    logm = jnp.logaddexp(logp + jnp.log(weight), logq + jnp.log1p(-weight))
+    floor = jnp.finfo(logp.dtype).min / 2  # two -inf would make the gradient of logaddexp NaN
+    logm = jnp.logaddexp(jnp.maximum(logp, floor) + jnp.log(weight), jnp.maximum(logq, floor) + jnp.log1p(-weight))
     return weight * _expected_difference(logp, logm) + (1 - weight) * _expected_difference(logq, logm)
 
 

@@ -1,0 +1,201 @@
+"""KL estimators and their gradient identities by enumerating every sequence over 5 tokens of length 3."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from rljax.losses import (
+    adaptive_kl_coef,
+    fixed_kl_coef,
+    full_kl,
+    jensen_shannon,
+    k1,
+    k2,
+    k3,
+    k4,
+    reinforce,
+    reward_to_go,
+    shaped_rewards,
+    straight_through,
+)
+
+pytestmark = pytest.mark.fast
+
+VOCAB, LENGTH = 5, 3
+SEQUENCES = np.stack(np.meshgrid(*[np.arange(VOCAB)] * LENGTH, indexing="ij"), -1).reshape(-1, LENGTH)
+PREFIX = np.stack([np.zeros(125, int), SEQUENCES[:, 0], VOCAB * SEQUENCES[:, 0] + SEQUENCES[:, 1]], axis=1)
+ROWS = [1, VOCAB, VOCAB**2]  # prefixes of length 0, 1, 2
+
+
+@pytest.fixture
+def policies():
+    """Logits of each prefix, of the policy and of the reference, in float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        yield [[jnp.asarray(rng.normal(size=(n, VOCAB))) for n in ROWS] for _ in range(2)]
+
+
+def logprobs_of(policy):
+    """[125, 3]: the log-prob of each token of each sequence."""
+    tables = [jax.nn.log_softmax(table) for table in policy]
+    return jnp.stack([table[PREFIX[:, t], SEQUENCES[:, t]] for t, table in enumerate(tables)], axis=1)
+
+
+def probabilities(policy):
+    return lax.stop_gradient(jnp.exp(logprobs_of(policy).sum(axis=1)))
+
+
+def per_prefix(divergence, policy, ref):
+    """Σ over prefixes of P(prefix), held constant, times the divergence of the next-token distributions."""
+    weights, total = jnp.ones(1), 0.0
+    for table, ref_table in zip(policy, ref, strict=True):
+        p, q = jax.nn.softmax(table), jax.nn.softmax(ref_table)
+        total += jnp.sum(weights[:, None] * divergence(p, q))
+        weights = lax.stop_gradient(weights[:, None] * p).ravel()
+    return total
+
+
+def forward(p, q):
+    return p * (jnp.log(p) - jnp.log(q))
+
+
+def sequence_kl(policy, ref):
+    logp, logq = (logprobs_of(x).sum(axis=1) for x in (policy, ref))
+    return jnp.sum(jnp.exp(logp) * (logp - logq))
+
+
+def assert_same_gradient(f, g, policy, scale=1.0):
+    for a, b in zip(jax.grad(f)(policy), jax.grad(g)(policy), strict=True):
+        assert a.dtype == jnp.float64
+        np.testing.assert_allclose(a, scale * b, rtol=0, atol=1e-9)
+
+
+def expected(estimator, ref):
+    """E over on-policy samples of the sum of an estimator over tokens; the samples do not depend on the parameters."""
+
+    def total(policy):
+        logprobs, ref_logprobs = logprobs_of(policy), logprobs_of(ref)
+        return jnp.sum(probabilities(policy)[:, None] * estimator(logprobs, ref_logprobs))
+
+    return total
+
+
+def on_policy_k4(logprobs, ref_logprobs):
+    return k4(logprobs, ref_logprobs, lax.stop_gradient(logprobs))
+
+
+def test_values_are_unbiased(policies):
+    policy, ref = policies
+    exact = sequence_kl(policy, ref)
+    np.testing.assert_allclose(per_prefix(forward, policy, ref), exact, atol=1e-12)
+    for estimator in (k1, k3, on_policy_k4, straight_through):
+        np.testing.assert_allclose(expected(estimator, ref)(policy), exact, rtol=0, atol=1e-9)
+    assert abs(expected(k2, ref)(policy) - exact) > 1e-2  # k2 is biased in value
+
+
+def test_per_token_gradient_identities(policies):
+    policy, ref = policies
+    for a in jax.grad(expected(k1, ref))(policy):
+        np.testing.assert_allclose(a, 0.0, atol=1e-9)
+    for estimator in (k2, on_policy_k4, straight_through):
+        assert_same_gradient(expected(estimator, ref), lambda p: per_prefix(forward, p, ref), policy)
+    assert_same_gradient(expected(k3, ref), lambda p: per_prefix(lambda a, b: forward(b, a), p, ref), policy)
+
+
+def test_sequence_gradient_identities(policies):
+    policy, ref = policies
+    mask = jnp.ones((125, LENGTH), bool)
+
+    def squared_sum(policy):
+        d = k1(logprobs_of(policy), logprobs_of(ref)).sum(axis=1)
+        return jnp.sum(probabilities(policy) * jnp.square(d) / 2)
+
+    def penalty_in_the_reward(policy):
+        logprobs = logprobs_of(policy)
+        rewards = shaped_rewards(jnp.zeros(125), logprobs, logprobs_of(ref), mask, kl_coef=1.0)
+        advantages = lax.stop_gradient(reward_to_go(rewards, mask, gamma=1.0))
+        return jnp.sum(probabilities(policy)[:, None] * reinforce(logprobs, advantages))
+
+    def exact(policy):
+        return sequence_kl(policy, ref)
+
+    assert_same_gradient(squared_sum, exact, policy)
+    assert_same_gradient(penalty_in_the_reward, exact, policy)
+    # k2 summed over tokens drops what a token does to the KL of later ones.
+    summed, full = (jnp.concatenate([x.ravel() for x in jax.grad(f)(policy)]) for f in (expected(k2, ref), exact))
+    assert jnp.linalg.norm(summed - full) > 0.1 * jnp.linalg.norm(full)
+
+
+def test_k4_is_unbiased_off_policy(policies):
+    policy, ref = policies
+    sampler = [0.5 * table for table in policy]
+
+    def off_policy(policy):
+        tokens = k4(logprobs_of(policy), logprobs_of(ref), logprobs_of(sampler))[:, 0]  # first token: one prefix
+        return jnp.sum(probabilities(sampler) * tokens)
+
+    def exact(policy):
+        return per_prefix(forward, policy[:1], ref[:1])
+
+    np.testing.assert_allclose(off_policy(policy), exact(policy), atol=1e-9)
+    assert_same_gradient(off_policy, exact, policy)
+
+
+def test_estimators_by_hand():
+    # d = ln 2: k1 = .6931, k2 = .2402, k3 = 1/2 - 1 + .6931 = .1931; sampled from π/2: ρ = 2, k4 = 1.3863.
+    logprobs, ref_logprobs = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
+    np.testing.assert_allclose(k1(logprobs, ref_logprobs), [0.693147], rtol=1e-5)
+    np.testing.assert_allclose(k2(logprobs, ref_logprobs), [0.240227], rtol=1e-5)
+    np.testing.assert_allclose(k3(logprobs, ref_logprobs), [0.193147], rtol=1e-5)
+    np.testing.assert_allclose(straight_through(logprobs, ref_logprobs), [0.193147], rtol=1e-5)
+    np.testing.assert_allclose(k4(logprobs, ref_logprobs, ref_logprobs), [1.386294], rtol=1e-5)
+
+
+def test_clamp_and_small_differences():
+    far = jnp.array([-1e4, 0.0]), jnp.array([0.0, -1e4])
+    np.testing.assert_array_equal(k1(*far), [-40.0, 40.0])
+    assert np.isfinite(k3(*far)).all() and (k3(*far) >= 0).all()
+    np.testing.assert_array_equal(jax.grad(lambda x: k3(x, far[1]).sum())(far[0]), 0.0)
+    # d = 1e-4: k3 = d²/2 = 5e-9, far below the rounding of exp(-d) in float32, which expm1 does not have.
+    with jax.enable_x64(True):
+        expected_k3 = k3(jnp.float64(np.float32(1e-4)), jnp.float64(0.0))
+    assert expected_k3.dtype == jnp.float64
+    np.testing.assert_allclose(k3(jnp.float32(1e-4), jnp.float32(0.0)), expected_k3, atol=4e-12)
+
+
+def test_full_kl_and_jensen_shannon_by_hand():
+    # p = (1/2, 1/2), q = (1/4, 3/4): KL = ½ ln 2 + ½ ln 2/3 = ½ ln 4/3.
+    p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    np.testing.assert_allclose(full_kl(p + 3.0, q), 0.5 * np.log(4 / 3), rtol=1e-5)
+    # m = (3/8, 5/8): KL(p‖m) = ½ ln 16/15, KL(q‖m) = ¼ ln 2/3 + ¾ ln 6/5.
+    expected_js = 0.5 * (0.5 * np.log(16 / 15)) + 0.5 * (0.25 * np.log(2 / 3) + 0.75 * np.log(6 / 5))
+    np.testing.assert_allclose(jensen_shannon(p, q), expected_js, rtol=1e-4)
+    np.testing.assert_allclose(jensen_shannon(p, q, 0.3), jensen_shannon(q, p, 0.7), rtol=1e-4)
+    apart = jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0])
+    np.testing.assert_allclose(jensen_shannon(*apart), np.log(2), rtol=1e-6)
+    for weight in (0.0, 1.0):
+        with pytest.raises(ValueError, match="weight="):
+            jensen_shannon(p, q, weight)
+
+
+@pytest.mark.parametrize("divergence", [full_kl, jensen_shannon])
+def test_absent_tokens_leave_gradients_finite(divergence):
+    p, q = jnp.array([0.3, -1.0, -jnp.inf]), jnp.array([1.0, 0.2, -jnp.inf])
+    np.testing.assert_allclose(divergence(p, q), divergence(p[:2], q[:2]), rtol=1e-6)
+    for position in (0, 1):
+        gradient = jax.grad(divergence, argnums=position)(p, q)
+        np.testing.assert_allclose(gradient[:2], jax.grad(divergence, argnums=position)(p[:2], q[:2]), rtol=1e-5)
+        assert gradient[2] == 0.0
+
+
+def test_controllers():
+    assert fixed_kl_coef(0.05, 9.0) == 0.05
+    options = {"target_kl": 6.0, "horizon": 10_000, "n_samples": 500}
+    # Error 7.2/6 - 1 = .2 at its bound, times 500/10000 = .05: factor 1.01. Beyond it nothing more; below, 1 - .01.
+    np.testing.assert_allclose(adaptive_kl_coef(0.05, 7.2, **options), 0.05 * 1.01, rtol=1e-6)
+    np.testing.assert_allclose(adaptive_kl_coef(0.05, 60.0, **options), 0.05 * 1.01, rtol=1e-6)
+    np.testing.assert_allclose(adaptive_kl_coef(0.05, 0.0, **options), 0.05 * 0.99, rtol=1e-6)
+    # Error 6.6/6 - 1 = .1: factor 1.005.
+    np.testing.assert_allclose(adaptive_kl_coef(0.05, 6.6, **options), 0.05 * 1.005, rtol=1e-6)

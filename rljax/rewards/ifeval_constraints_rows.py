@@ -9,7 +9,7 @@ _NOUNS = """
     eagle field fire fish flag flower forest garden gate ghost gold grass hammer hill horse island jar key
     king lake lamp leaf letter map mirror moon mountain night ocean owl paper pearl piano queen rain ring
     river road rock rope rose salt sand ship silver sky snow song star stone storm sugar sun sword table tower
-    train tree valley village wall water wheel wind window wolf
+    tree trumpet valley village wall water wheel whistle wind wolf
 """
 _WORDS = _NOUNS.split()
 _SPARE_WORDS = 9  # a limit leaves room for 1 to 9 words beside the keywords

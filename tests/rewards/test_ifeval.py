@@ -270,14 +270,15 @@ def test_counts_stored_as_floats_are_counts():
 
 
 def test_generated_rows_are_fixed_by_the_seed_distinct_and_solvable():
-    rows = make_constraint_rows(3, 500)
-    assert rows == make_constraint_rows(3, 500) != make_constraint_rows(4, 500)
-    assert len({row["prompt"] for row in rows}) == 500
+    rows = make_constraint_rows(3, 5000)
+    assert rows == make_constraint_rows(3, 5000) != make_constraint_rows(4, 5000)
+    assert len({row["prompt"] for row in rows}) == 5000
     for row in rows:
         assert score(row["response"], row=row)[:2] == (1.0, True)
         assert score(row["prompt"], row=row).parts["keywords:existence"] == 1.0
-    limits = {row["kwargs"][1]["num_words"] for row in rows}
-    assert limits == set(range(3, 12))
+        first, second = row["kwargs"][0]["keywords"]
+        assert first not in second and second not in first  # or one word would count as both
+    assert {row["kwargs"][1]["num_words"] for row in rows} == set(range(3, 12))
 
 
 @pytest.mark.parametrize("num_keywords", [1, 2])

@@ -7,7 +7,6 @@ absent, as in data that went through a table with one column for each argument.
 import difflib
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from rljax.rewards.ifeval_constraints import IFEVAL, Checker
 from rljax.rewards.ifeval_constraints_ifbench_custom import IFBENCH_CUSTOM
 from rljax.rewards.ifeval_constraints_ifbench_format import IFBENCH_FORMAT
 from rljax.rewards.ifeval_constraints_ifbench_words import IFBENCH_WORDS
+from rljax.rewards.tags import strip_reasoning
 
 # The 58 of IFBench have not been verified against a reference; the 25 of IFEval have.
 IFBENCH: dict[str, Checker] = {**IFBENCH_WORDS, **IFBENCH_FORMAT, **IFBENCH_CUSTOM}
@@ -61,14 +61,8 @@ def accuracy(verdicts: Sequence[Sequence[bool]]) -> tuple[float, float]:
     return sum(map(all, verdicts)) / max(len(verdicts), 1), sum(flat) / max(len(flat), 1)
 
 
-def strip_reasoning(completion: str) -> str:
-    """What stands after the last ``</think>``, without ``<answer>`` tags; empty if the thought never ends."""
-    answer = completion.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
-    return re.sub(r"</?answer>", "", answer).strip()
-
-
 def ifeval(sample: Sample, *, value: str = "mean", loose: bool = False) -> Score:
-    """Score the answer of a sample by its row's constraints.
+    """Score the answer of a sample, reasoning and answer tags stripped, by its row's constraints.
 
     ``value``: "mean" (the share that is followed; IF-RLVR, arXiv 2507.02833, trains on ten times that), "sum", or "all"
     (1 only if every one is followed). ``loose`` takes the loose verdicts. ``correct`` is the prompt-level verdict;
@@ -83,7 +77,7 @@ def ifeval(sample: Sample, *, value: str = "mean", loose: bool = False) -> Score
             )
     check = check_instructions_loose if loose else check_instructions
     ids = sample.row["instruction_id_list"]
-    verdicts = check(sample.prompt, strip_reasoning(sample.completion), ids, sample.row["kwargs"])
+    verdicts = check(sample.prompt, strip_reasoning(sample.prompt, sample.completion), ids, sample.row["kwargs"])
     parts = {one: float(all(v for i, v in zip(ids, verdicts, strict=True) if i == one)) for one in dict.fromkeys(ids)}
     return Score(_VALUES[value](verdicts), correct=all(verdicts), parts=parts)
 

@@ -13,7 +13,6 @@ from rljax.rewards.ifeval import (
     check_instructions_loose,
     ifeval,
     loose_variants,
-    strip_reasoning,
 )
 from rljax.rewards.ifeval_constraints import IFEVAL
 from rljax.rewards.ifeval_constraints_rows import make_constraint_rows
@@ -213,14 +212,6 @@ def test_loose_variants_by_hand():
     assert check_instructions("", 'Sure:\n"a"\nDone.', quoted, end) == [False]
     assert check_instructions_loose("", 'Sure:\n"a"\nDone.', quoted, end) == [True]
     assert check_instructions_loose("", "", quoted, end) == [False]
-
-
-def test_strip_reasoning():
-    assert strip_reasoning("<think>a, b</think> c") == "c"
-    assert strip_reasoning("a</think>b</think>\n<answer>c</answer>") == "c"
-    assert strip_reasoning("c") == "c"
-    assert strip_reasoning("<think>no comma here") == ""
-    assert strip_reasoning("c <think>d") == "c"
 
 
 ROW = {

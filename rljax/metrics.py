@@ -1,0 +1,260 @@
+"""What a run writes down: every metric's name and meaning, and the writer of metrics.jsonl and samples.jsonl.
+
+Only one process writes. Names under ``time/``, ``speed/`` and ``memory/`` are measured; all others come out the same,
+bit for bit, when a killed run is started again.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from etils import epath
+
+from rljax.console import Console
+from rljax.runs import JsonLines
+from rljax.trackers import Tracker, open_tracker
+
+# Of a split: "eval" is the test split, read at start and end only; "dev" chooses the checkpoint to keep.
+_SCORES = {
+    "score": "the held-out measure: share of right completions, or mean reward where nothing is judged right or wrong",
+    "score_low": "lower end of its 95 % bootstrap interval over problems",
+    "score_high": "upper end of its 95 % bootstrap interval over problems",
+    "n": "problems, count",
+    "samples": "completions a problem, count",
+    "temperature": "sampling temperature of this evaluation; 0 is greedy",
+    "reward": "mean reward",
+    "pass_at_{k}": "unbiased estimate of the share of problems that k samples solve (2107.03374)",
+    "majority_at_{k}": "share of problems whose most frequent answer of k samples is right",
+    "completion_length": "mean completion, tokens, end token included",
+    "truncated": "share of completions that used up the budget without an end token",
+    "seconds": "seconds it took; measured",
+}
+
+METRICS: dict[str, str] = {
+    "train/reward": "mean reward of the step's completions, all parts weighted and summed",
+    "train/reward_std": "standard deviation (biased) of those rewards",
+    "train/reward/{part}": "mean of one reward before its weight",
+    "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
+    "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",
+    "train/correct": "share of completions judged right",
+    "train/completion_length": "mean completion, tokens, end token included",
+    "train/completion_length_max": "longest completion, tokens",
+    "train/completion_length_right": "mean completion judged right, tokens; absent when none is",
+    "train/completion_length_wrong": "mean completion judged wrong, tokens; absent when none is",
+    "train/truncated": "share of completions that used up the budget without an end token",
+    "train/groups_all_right": "share of groups with right completions only",
+    "train/groups_all_wrong": "share of groups with wrong completions only",
+    "train/groups_kept": "share of drawn groups that dynamic sampling kept",
+    "train/rounds": "rollout rounds that dynamic sampling took, count",
+    "train/kl_per_token": "KL of the sampling policy to the reference on its own samples (log ratio), nats a token",
+    "train/kl_per_completion": "the same summed over a completion, nats a completion",
+    "train/behavior_kl": "KL of the sampler to the current policy (k3), nats a token, mean over the step's updates",
+    "train/max_log_ratio": "largest |log-prob now - log-prob when sampled| of any token in the step, nats",
+    "train/first_max_log_ratio": "the same in the first update, before anything was learnt: rounding only, nats",
+    "train/logprob_gap": "mean |sampler's log-prob - trainer's| before the first update, nats a token",
+    "train/clip_fraction_low": "share of tokens whose ratio fell below the lower clip edge and lost its gradient",
+    "train/clip_fraction_high": "share of tokens whose ratio passed the upper clip edge and lost its gradient",
+    "train/entropy": "mean entropy of the policy's next-token distribution, nats a token",
+    "train/perplexity": "exp of the mean negative log-prob of the completions under the policy",
+    "train/advantage_mean": "mean advantage before whitening",
+    "train/advantage_std_raw": "standard deviation of the advantages before whitening",
+    "train/loss": "the loss that was differentiated, mean over the step's updates",
+    "train/policy": "its policy term",
+    "train/kl": "its KL term, before the coefficient",
+    "train/entropy_bonus": "its entropy term, before the coefficient",
+    "train/nll": "its negative log-likelihood term, nats a token",
+    "train/value": "its value term, before the coefficient",
+    "train/margin": "reward of chosen minus rejected, as the preference loss sees it",
+    "train/accuracy": "share of pairs whose chosen side has the higher reward",
+    "train/grad_norm/{tree}": "norm of that tree's gradient before clipping",
+    "train/update_ratio/{tree}": "norm of that tree's update over the norm of its parameters",
+    "train/learning_rate": "learning rate of the step's first update",
+    "train/learning_rate/{tree}": "the same where trees have their own",
+    "train/skipped": "updates of the step that were skipped because loss or gradient was not finite, count",
+    "train/optimizer_steps": "optimizer steps taken so far, count",
+    "train/prompts": "prompts drawn so far, count",
+    "train/episodes": "completions sampled, or rows drawn, so far, count",
+    "train/tokens": "prompt and completion tokens of the updates so far, count",
+    "train/epoch": "passes over the training data so far",
+    **{f"eval/{name}": f"{meaning} (test split)" for name, meaning in _SCORES.items()},
+    **{f"dev/{name}": f"{meaning} (dev split)" for name, meaning in _SCORES.items()},
+    "data/overlap_exact": "training prompts that stand in an evaluation split too, count",
+    "data/overlap_8gram": "training prompts that share 8 words in a row with an evaluation split, count",
+    "data/duplicates": "training prompts that occur more than once, count",
+    "data/too_long": "prompts left out because they exceed the budget, count",
+    "rollout/occupied_slot_share": "share of (slot, decode step) pairs that held an unfinished completion",
+    "rollout/decode_steps": "decode steps of the rollout, count",
+    "time/rollout_s": "sampling, seconds",
+    "time/reward_s": "rewards, seconds",
+    "time/score_s": "reference and other scoring passes, seconds",
+    "time/update_s": "gradients and updates, seconds",
+    "time/save_s": "what a checkpoint kept the step waiting, seconds",
+    "time/step_s": "the whole step, seconds",
+    "speed/rollout_tokens_per_s": "sampled tokens a second of sampling",
+    "speed/tokens_per_s": "prompt and completion tokens a second of the whole step",
+    "speed/tokens_per_s_per_chip": "the same over the number of devices",
+    "speed/mfu": "model FLOPs of the update over the devices' bf16 peak, share; absent where the peak is unknown",
+    "memory/peak_gib": "most device memory in use so far on the first local device, GiB; absent where it is not told",
+    "event/text": "what happened besides: a stop and its reason, a resumption",
+    "nonfinite": "values of this record that were not finite and are null, count; absent when 0",
+}
+
+SAMPLES: dict[str, str] = {
+    "prompt_id": "row of the split",
+    "sample_id": "which completion of that prompt",
+    "prompt": "the prompt as text",
+    "completion": "the completion as text, without end tokens",
+    "finished": "whether an end token was sampled",
+    "reward": "total reward",
+    "correct": "whether it is right; null where nothing judges",
+    "answer": "the answer that was extracted; null where none was",
+    "parts": "value of every reward by name",
+    "token_ids": "the completion's ids",
+}
+
+
+def undocumented(names: Iterable[str]) -> list[str]:
+    """The names that METRICS does not describe; a ``{part}`` in METRICS stands for any text."""
+    patterns = [re.sub(r"\\\{\w+\\\}", ".+", re.escape(known)) for known in METRICS]
+    return [name for name in names if not re.fullmatch("|".join(patterns), name)]
+
+
+def is_measured(name: str) -> bool:
+    """Whether a metric is a measurement of the machine, which no two runs share."""
+    return name.startswith(("time/", "speed/", "memory/")) or name.endswith("/seconds")
+
+
+class MetricsWriter:
+    """Lines of metrics.jsonl and samples.jsonl, the table on the console, and trackers where asked.
+
+    Every process may hold one; where ``is_writer`` is False nothing happens. ``folder`` may be ``gs://``.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        is_writer: bool = True,
+        total_steps: int = 0,
+        console: bool = True,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self._on = is_writer
+        if not is_writer:
+            return
+        kinds = [kind for kind, asked in (("tensorboard", tensorboard), ("wandb", wandb)) if asked]
+        self._trackers: list[Tracker] = [open_tracker(kind, epath.Path(folder), config or {}) for kind in kinds]
+        self._metrics = JsonLines(epath.Path(folder) / "metrics.jsonl")
+        self._samples = JsonLines(epath.Path(folder) / "samples.jsonl")
+        self._console = Console(total_steps, shown=console)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets what was written of later steps: called on resume, so that the files hold every step once."""
+        if self._on:
+            self._metrics.truncate_after(step)
+            self._samples.truncate_after(step)
+            self._console.start_at(max(step, 0))
+            for tracker in self._trackers:
+                tracker.start_at(step)
+
+    def write(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
+        """One record. Values are single numbers or texts; what is not finite is written as null and counted."""
+        if not self._on:
+            return
+        record = {name: _single(name, value) for name, value in metrics.items()}
+        bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        strict = _strict(record) | ({"nonfinite": len(bad)} if bad else {})
+        self._metrics.append({"step": step, "phase": phase, **strict})
+        self._console.record(step, record)
+        for tracker in self._trackers:
+            tracker.log(step, {k: v for k, v in strict.items() if isinstance(v, int | float)})
+
+    def write_samples(self, step: int, phase: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions to read, one line each, with the fields of SAMPLES."""
+        if self._on:
+            for row in rows:
+                self._samples.append({"step": step, "phase": phase, **_strict(row)})
+
+    def event(self, step: int, text: str) -> None:
+        """Something worth a sentence in metrics.jsonl and on the console."""
+        if self._on:
+            self._metrics.append({"step": step, "phase": "event", "event/text": text})
+            self._console.say(text)
+
+    def say(self, text: str) -> None:
+        """A line on the console only."""
+        if self._on:
+            self._console.say(text)
+
+    def flush(self) -> None:
+        """On an object store copies the files up; called before a checkpoint, so that no resumed run misses a step."""
+        if self._on:
+            self._metrics.flush()
+            self._samples.flush()
+
+    def close(self) -> None:
+        if self._on:
+            self._console.close()
+            self._metrics.close()
+            self._samples.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+
+def _single(name: str, value: Any) -> Any:
+    if isinstance(value, str) or value is None:
+        return value
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"metric {name} has shape {list(array.shape)}; a metric is a single number")
+    return array.item()
+
+
+def _strict(value: Any) -> Any:
+    """As strict JSON can hold it: plain numbers, lists and dicts; null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def document() -> str:
+    """The text of docs/metrics.md."""
+    lines = [_INTRODUCTION]
+    for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
+        rows = [(k, v) for k, v in METRICS.items() if k.partition("/")[0] == group]
+        lines += [f"\n## {group}\n", "| key | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in rows)]
+    lines += ["\n## samples.jsonl\n", "Besides `step` and `phase` (the split or `train`) a line has:\n"]
+    lines += ["| key | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in SAMPLES.items())]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """# Metrics
+
+Written by `python -c "from rljax.metrics import document; print(document(), end='')" > docs/metrics.md`.
+
+`metrics.jsonl` holds one JSON object a line, in the order things happened. Each has `step` (steps of the loop done so
+far, over all stages; 0 is before the first) and `phase` (the stage of the recipe, `eval`, or `event`). A key is absent
+where it has no meaning. A value that is not finite is `null`, and `nonfinite` counts those of the line. A step stands
+in the file once, also after kills and resumptions. Keys under `time/`, `speed/` and `memory/` and those that end in
+`/seconds` are measured; all others are the same, bit for bit, in every run of one config on the same mesh and versions.
+Shares go from 0 to 1; logarithms are natural.
+
+```python
+import pandas as pd
+curve = pd.read_json("runs/quickstart/metrics.jsonl", lines=True).dropna(subset="eval/score")[["step", "eval/score"]]
+```"""

@@ -92,15 +92,9 @@ class Checkpointer:
         ``abstract_state`` holds ``jax.ShapeDtypeStruct`` leaves with shardings; they need not be those of the save.
         Shapes and dtypes that differ, missing files and changed bits raise CheckpointError.
         """
-        self.wait()
-        step = self.latest_step() if step is None else step
-        if step is None or step not in self.steps():
-            raise CheckpointError(f"no checkpoint of step {step} under {self.folder}; it has steps {self.steps()}")
-        try:
-            record = self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
-            position, saved = record["position"], record["leaves"]
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        step = self._existing(step)
+        record = self._read_record(step)
+        saved = record["leaves"]
         self._check_leaves(step, saved, abstract_state)
         try:
             args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})  # type: ignore[arg-type]
@@ -111,7 +105,11 @@ class Checkpointer:
         changed = [name for name, leaf in found.items() if leaf != saved[name]]
         if changed:
             raise self._damaged(step, f"the bytes of {changed[0]} are not those that were saved")
-        return state, position
+        return state, record["position"]
+
+    def position(self, step: int | None = None) -> dict[str, Any]:
+        """The position of ``step`` (default: the latest) without its state."""
+        return self._read_record(self._existing(step))["position"]
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -144,6 +142,20 @@ class Checkpointer:
         """Waits, then lets go of threads."""
         self.wait()
         self._manager.close()
+
+    def _existing(self, step: int | None) -> int:
+        self.wait()
+        step = self.latest_step() if step is None else step
+        if step is None or step not in self.steps():
+            raise CheckpointError(f"no checkpoint of step {step} under {self.folder}; it has steps {self.steps()}")
+        return step
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        try:
+            record = self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
+            return {"position": record["position"], "leaves": record["leaves"]}
+        except Exception as error:
+            raise self._damaged(step, error) from error
 
     def _check_leaves(self, step: int, saved: dict[str, list], abstract_state: PyTree) -> None:
         wanted = _leaves(abstract_state)

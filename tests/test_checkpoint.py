@@ -141,6 +141,7 @@ def test_round_trip_keeps_bits_dtypes_shardings_and_position(tmp_path):
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
         assert checkpointer.save(7, state, position, force=True)
     with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        assert checkpointer.position() == position
         restored, found = checkpointer.restore(abstract(state))
     assert found == position
     assert_same(restored, bits(state), state)

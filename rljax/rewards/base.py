@@ -14,7 +14,7 @@ class Sample(NamedTuple):
 
     prompt: str  # as the model read it, chat template included
     completion: str  # decoded without end tokens
-    messages: Sequence[Columns] = ()  # the conversation before the template; empty for a plain prompt
+    messages: Sequence[Columns] | None = None  # the conversation before the template; None for a plain prompt
     token_ids: Sequence[int] = ()  # the completion's tokens, the end token included
     finished: bool = True  # an end token was sampled within the budget
     group_id: int = 0  # samples of one prompt share it
@@ -59,8 +59,8 @@ def as_reward(reward: Any) -> BatchReward:
     The forms: ``f(prompt, completion, **columns)``, which is passed the columns of the row that it names, or all of
     them if it ends in ``**columns``; ``f(sample)``; an object with ``batch(samples)``. Each answers with a number or a
     ``Score``. An argument bound by ``functools.partial`` stands before a column of the same name. A value that is not
-    finite (None becomes NaN) passes through: the runner decides what it costs. Raises ValueError for any other form,
-    and on calling when the row lacks a column that has no default.
+    finite (None becomes NaN) passes through: the runner decides what it costs. Raises ValueError for any other form
+    and for an option that is still open; on calling, when the row lacks a column that has no default.
     """
     if takes_batch(reward):
         return functools.partial(_score_batch, reward)
@@ -78,6 +78,36 @@ def to_score(result: Any) -> Score:
     return score._replace(value=float(score.value))
 
 
+def one_line(error: BaseException) -> str:
+    """An exception in one line, as a failure's reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def score_or_reason(reward: BatchReward, samples: Sequence[Sample]) -> list[Score] | str:
+    """What the reward says, or why it said nothing. SystemExit counts as well."""
+    try:
+        return reward(samples)
+    except BaseException as error:
+        return one_line(error)
+
+
+def weighted_sum(names: Sequence[str], weights: Sequence[float], scores: Sequence[Score]) -> Score:
+    """Several rewards of one sample as one score.
+
+    Right if all that judge say so; the first answer given; parts are each value before its weight, by name, and its own
+    parts as name/part; spans carry the weight.
+    """
+    value, parts, spans = 0.0, {}, []
+    for name, weight, score in zip(names, weights, scores, strict=True):
+        value += weight * score.value
+        parts[name] = score.value
+        parts |= {f"{name}/{part}": float(number) for part, number in score.parts.items()}
+        spans += [span._replace(value=weight * span.value) for span in score.spans]
+    verdicts = [score.correct for score in scores if score.correct is not None]
+    answers = [score.answer for score in scores if score.answer is not None]
+    return Score(value, all(verdicts) if verdicts else None, next(iter(answers), None), parts, tuple(spans))
+
+
 def _score_batch(reward: Any, samples: Sequence[Sample]) -> list[Score]:
     results = [to_score(result) for result in reward.batch(samples)]
     if len(results) != len(samples):
@@ -92,6 +122,10 @@ def _per_sample(reward: Any) -> Callable[[Sample], Any]:
     if [p.name for p in positional[:2]] == ["prompt", "completion"]:
         return _with_columns(reward, positional[2:] + [p for p in parameters if p.kind == kinds.KEYWORD_ONLY])
     if sum(p.default is kinds.empty for p in positional) == 1:
+        for option in (p.name for p in parameters if p.kind == kinds.KEYWORD_ONLY and p.default is kinds.empty):
+            raise ValueError(
+                f"reward {reward_name(reward)} needs the option {option!r}; bind it with functools.partial"
+            )
         return reward
     raise ValueError(
         f"reward {reward_name(reward)}{inspect.signature(reward)} has a form that is not known: "

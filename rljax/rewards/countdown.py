@@ -17,9 +17,9 @@ _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "·": "*"})
 def countdown(prompt: str, completion: str, numbers: Sequence[int] | str, target: int | str) -> Score:
     """1 if the expression reaches the target and uses each number exactly once.
 
-    The expression is what the last ``<answer>`` tag holds, without tags the last line that is not empty, each time left
-    of ``=``. ``numbers`` may be text, "30,100,93". Parts: ``valid``, it can be evaluated; ``numbers``, it uses the
-    right ones. ``answer`` is its value.
+    The expression is what the last ``<answer>`` tag holds; without tags, what stands behind the last ``#``; without
+    that, the last line; each time left of ``=``. ``numbers`` may be text, "30,100,93". Parts: ``valid``, it can be
+    evaluated; ``numbers``, it uses the right ones. ``answer`` is its value.
     """
     return _score(completion, numbers, target, exactly_once=True)
 
@@ -43,7 +43,7 @@ def _score(completion: str, numbers: Sequence[int] | str, target: int | str, *, 
 def expression_of(completion: str) -> str:
     """The last expression that the completion offers as its answer; empty if there is none."""
     tagged = _TAGGED.findall(completion)
-    lines = (tagged[-1] if tagged else completion).strip().splitlines()
+    lines = (tagged[-1] if tagged else completion.rpartition("#")[2]).strip().splitlines()
     return lines[-1].partition("=")[0].strip().translate(_SIGNS) if lines else ""
 
 

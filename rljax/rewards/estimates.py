@@ -64,15 +64,23 @@ def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> flo
 
 
 class Interval(NamedTuple):
-    """A mean over n problems with its bootstrap interval."""
+    """Ends of a confidence interval."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A mean difference and the ends of its confidence interval."""
 
     mean: float
     low: float
     high: float
-    n: int
 
 
-def bootstrap(values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
     """Percentile bootstrap interval of the mean over problems; [problems, runs] resamples problems and runs, both.
 
     The same values and seed give the same interval. Raises ValueError if there are none, or one that is not finite.
@@ -89,20 +97,21 @@ def bootstrap(values: ArrayLike, *, confidence: float = 0.95, resamples: int = 1
         means[i] = drawn.mean() if runs == 1 else drawn[:, rng.integers(runs, size=runs)].mean()
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(table.mean()), float(low), float(high), problems)
+    return Interval(float(low), float(high))
 
 
 def paired_difference(
     after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Bootstrap interval of mean(after − before), problem by problem: an improvement if it lies above 0.
+) -> Difference:
+    """mean(after − before) over problems with its bootstrap interval: an improvement if that lies above 0.
 
     Pairing removes how hard the problems are from the spread. Raises ValueError if the shapes differ.
     """
     after, before = np.asarray(after, np.float64), np.asarray(before, np.float64)
     if after.shape != before.shape:
         raise ValueError(f"a paired difference needs the same problems twice; got shapes {after.shape}, {before.shape}")
-    return bootstrap(after - before, confidence=confidence, resamples=resamples, seed=seed)
+    low, high = bootstrap_interval(after - before, confidence=confidence, resamples=resamples, seed=seed)
+    return Difference(float((after - before).mean()), low, high)
 
 
 def _first(name: str, k: int | None, samples: Sequence, correct: Sequence[bool]) -> tuple[Sequence, Sequence[bool]]:

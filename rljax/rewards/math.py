@@ -15,7 +15,7 @@ _NUMBER = re.compile(rf"(?<![\w.)\]}}])-?\$?{_DIGITS}|{_DIGITS}")
 _FINAL_ANSWER = re.compile(r"final answer is:?\s*(.+)", re.IGNORECASE)
 _MATH_SPAN = re.compile(r"(?<!\\)\$\$?([^$]+?)(?<!\\)\$")
 _CALCULATION = re.compile(r"<<[^<>=]*=([^<>=]*)>>")
-_ARITHMETIC_ANSWER = re.compile(r"=|####|answer(?: is)?:?", re.IGNORECASE)
+_ARITHMETIC_ANSWER = re.compile(r"=|#+|answer(?: is)?:?", re.IGNORECASE)
 _ARITHMETIC = "0123456789.+-*/×÷() "
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*(?:(?P<open>\{)|(?P<bare>[^\s${}]+))?|\\.|[{}]", re.DOTALL)
 MAX_DIGITS = 1000  # a longer number is no answer; Python refuses to read one of 4,300
@@ -67,7 +67,7 @@ def math_answer(prompt: str, completion: str, answer: str | float) -> Score:
 
 
 def arithmetic(prompt: str, completion: str, answer: str | int) -> Score:
-    """1 if what stands behind the last ``=``, ``####`` or "answer", to the end of the text, is exactly the answer.
+    """1 if what stands behind the last ``=``, ``#`` or "answer", to the end of the text, is exactly the answer.
 
     The part ``steps`` is the share of equations ``a = b`` in the text that hold; 0 if there are none.
     """

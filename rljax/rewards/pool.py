@@ -14,8 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rljax.rewards.base import BatchReward, Sample, Score, as_reward
-from rljax.rewards.worker import one_line, score_or_reason
+from rljax.rewards.base import BatchReward, Sample, Score, as_reward, one_line, score_or_reason
 
 START_LIMIT_S = 60  # a child that has not imported its rewards by then is taken for broken
 

@@ -3,16 +3,18 @@
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rljax.rewards.base import Sample, Score, Span, takes_batch
+from rljax.rewards.base import Sample, Score, Span, takes_batch, weighted_sum
 from rljax.rewards.pool import Call, Pool
 
 
-class Failure(NamedTuple):
+@dataclass(frozen=True)
+class Failure:
     """A reward that gave no number for a sample: it raised, did not come back, lost its process, or was not finite."""
 
-    sample: int  # its place in what was scored
+    index: int  # of the sample among those scored
     reward: str
     reason: str
 
@@ -48,13 +50,13 @@ class RewardRunner:
         failed_value: float = 0.0,
         processes: bool = False,
     ):
-        self._names = [name for name, _, _ in rewards]
+        self.names = tuple(name for name, _, _ in rewards)  # keys of Scored.parts that every sample has
         self._weights = [float(weight) for _, _, weight in rewards]
         self._whole = [takes_batch(reward) for _, reward, _ in rewards]
         self._failed_value = float(failed_value)
         self._lock = threading.Lock()  # one pool, one caller at a time
-        if not rewards or len(set(self._names)) < len(self._names):
-            raise ValueError(f"rewards need one name each, and at least one reward; got {self._names}")
+        if not rewards or len(set(self.names)) < len(self.names):
+            raise ValueError(f"rewards need one name each, and at least one reward; got {list(self.names)}")
         if not all(map(math.isfinite, [*self._weights, self._failed_value])):
             raise ValueError(f"weights and failed_value must be finite; got {self._weights} and {failed_value}")
         if workers < 1 or not 0 < timeout_s < math.inf:
@@ -92,10 +94,10 @@ class RewardRunner:
             for k, i in enumerate(group):
                 score = outcome if isinstance(outcome, str) else _finite(outcome[k])
                 if isinstance(score, str):
-                    failures.append(Failure(i, self._names[call.reward], score))
+                    failures.append(Failure(i, self.names[call.reward], score))
                     score = Score(self._failed_value, correct=False)
                 scores[i].append(score)
-        totals = [self._total(row) for row in scores]
+        totals = [weighted_sum(self.names, self._weights, row) for row in scores]
         return Scored(
             values=[total.value for total in totals],
             parts=[dict(total.parts) for total in totals],
@@ -109,18 +111,6 @@ class RewardRunner:
         """Scores one sample and raises ValueError if a reward fails on it: for a row of each data set, before a run."""
         for failure in self.score([sample]).failures:
             raise ValueError(f"reward {failure.reward!r} fails on a row of the data: {failure.reason}")
-
-    def _total(self, scores: Sequence[Score]) -> Score:
-        """The rewards' scores of one sample as one."""
-        value, parts, spans = 0.0, {}, []
-        for name, weight, score in zip(self._names, self._weights, scores, strict=True):
-            value += weight * score.value
-            parts[name] = score.value
-            parts |= {f"{name}/{part}": float(number) for part, number in score.parts.items()}
-            spans += [span._replace(value=weight * span.value) for span in score.spans]
-        verdicts = [score.correct for score in scores if score.correct is not None]
-        answers = [score.answer for score in scores if score.answer is not None]
-        return Score(value, all(verdicts) if verdicts else None, next(iter(answers), None), parts, tuple(spans))
 
 
 def _finite(score: Score) -> Score | str:

@@ -8,20 +8,7 @@ import os
 import pickle
 import signal
 
-from rljax.rewards.base import BatchReward, Sample, Score, as_reward
-
-
-def one_line(error: BaseException) -> str:
-    """An exception in one line, as a failure's reason."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-
-
-def score_or_reason(reward: BatchReward, samples: list[Sample]) -> list[Score] | str:
-    """What the reward says, or why it said nothing. SystemExit counts as well."""
-    try:
-        return reward(samples)
-    except BaseException as error:
-        return one_line(error)
+from rljax.rewards.base import as_reward, one_line, score_or_reason
 
 
 def main() -> None:

@@ -82,6 +82,9 @@ def test_mistakes_are_one_sentence():
     def two_unknowns(question, reply):
         return 0
 
+    def needs_option(sample, *, limit):
+        return 0
+
     class WrongCount:
         def batch(self, samples):
             return [1.0]
@@ -92,5 +95,7 @@ def test_mistakes_are_one_sentence():
         as_reward(two_unknowns)
     with pytest.raises(ValueError, match=r"WrongCount.batch gave 1 scores for 2 samples"):
         as_reward(WrongCount())([SAMPLE, SAMPLE])
+    with pytest.raises(ValueError, match="needs_option needs the option 'limit'"):
+        as_reward(needs_option)
     with pytest.raises(TypeError, match="not with the text '1'"):
         as_reward(lambda sample: "1")([SAMPLE])

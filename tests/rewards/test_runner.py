@@ -91,7 +91,7 @@ def test_a_killed_process_is_recorded_and_replaced():
     with RewardRunner([("bad", hostile, 1.0)], workers=2, timeout_s=30, processes=True) as runner:
         scored = runner.score(samples("os._exit", "1", "sigkill", "2", "os._exit", "3"))
         assert scored.values == [0.0, 1.0, 0.0, 2.0, 0.0, 3.0]
-        assert [(f.sample, f.reason) for f in scored.failures] == [
+        assert [(f.index, f.reason) for f in scored.failures] == [
             (0, "the process ended with exit code 7"),
             (2, "the process was killed by signal SIGKILL"),
             (4, "the process ended with exit code 7"),

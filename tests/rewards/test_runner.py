@@ -1,11 +1,13 @@
 """Rewards that hang, raise, answer NaN or kill their process cost their own sample a stated value and nothing else."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +158,32 @@ def test_a_hanging_reward_does_not_keep_the_interpreter(processes):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0.0, 1.0]\n", "")
+
+
+@pytest.mark.slow
+def test_a_hanging_child_of_a_killed_parent_ends_by_itself(tmp_path):
+    program = f"""
+        import os, subprocess, sys
+        from rljax.rewards.base import Sample
+        from rljax.rewards.runner import RewardRunner
+        from tests.rewards.hostile import hostile
+        runner = RewardRunner([("bad", hostile, 1.0)], workers=1, timeout_s=1.0, processes=True)
+        pid = int(runner.score([Sample("", "pid")]).values[0])
+        open({str(tmp_path / "pid")!r}, "w").write(str(pid))
+        import threading
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), 9)).start()
+        runner.score([Sample("", "sleep")])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, 0)  # asleep in its reward still
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and Path(f"/proc/{pid}/stat").exists():
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # ended; in a container nobody may reap it
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_check_names_the_reward_and_the_column():

@@ -15,19 +15,19 @@ from rljax.losses.masked import at_least_float32, masked_mean, zero_masked
 
 
 def forward_kl(student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
-    """``KL(T‖S)``, the cross-entropy with soft labels less their entropy (arXiv 1503.02531, without its τ²)."""
+    """``KL(T‖S)``, the cross-entropy with soft labels less their entropy (1503.02531, without its τ²)."""
     return full_kl(teacher_logits, student_logits)
 
 
 def reverse_kl(student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
-    """``KL(S‖T)``, mode-seeking (MiniLLM, arXiv 2306.08543, eq. 1, token by token)."""
+    """``KL(S‖T)``, mode-seeking (MiniLLM, 2306.08543, eq. 1, token by token)."""
     return full_kl(student_logits, teacher_logits)
 
 
 def generalized_jsd(
     student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"], *, beta: float
 ) -> Float[Array, "*n"]:
-    """GKD: ``β KL(T‖M) + (1−β) KL(S‖M)``, M = βT + (1−β)S (arXiv 2306.13649, eq. 1).
+    """GKD: ``β KL(T‖M) + (1−β) KL(S‖M)``, M = βT + (1−β)S (2306.13649, eq. 1).
 
     β = 0 is ``forward_kl`` and β = 1 ``reverse_kl``, its limits once divided by β and by 1−β.
     """
@@ -46,7 +46,7 @@ def gkd_loss(
     beta: float,
     temperature: float = 1.0,
 ) -> Float[Array, ""]:
-    """``generalized_jsd`` of logits/temperature, mean over tokens; an empty mask gives 0 (arXiv 2306.13649, eq. 1).
+    """``generalized_jsd`` of logits/temperature, mean over tokens; an empty mask gives 0 (2306.13649, eq. 1).
 
     ``logits[:, t]`` predict token t. Holds whole rows for all tokens: for large vocabularies reduce in chunks instead.
     """

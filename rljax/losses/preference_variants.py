@@ -27,7 +27,7 @@ def f_dpo(
     beta: float,
     score: Callable[[PerPair], PerPair],
 ) -> PerPair:
-    """f-DPO: ``−log σ(β(s(r_w) − s(r_l)))``, s(log u) = f'(u) of an f-divergence (arXiv 2309.16240).
+    """f-DPO: ``−log σ(β(s(r_w) − s(r_l)))``, s(log u) = f'(u) of an f-divergence (2309.16240).
 
     ``forward_kl_score``, ``js_score``, ``partial(alpha_score, alpha=...)``; the identity (reverse KL) is DPO.
     """
@@ -37,17 +37,17 @@ def f_dpo(
 
 
 def forward_kl_score(log_ratios: PerPair) -> PerPair:
-    """f' of the forward KL for ``f_dpo``: ``1 − e^{−r}``, r from −40 up (arXiv 2309.16240)."""
+    """f' of the forward KL for ``f_dpo``: ``1 − e^{−r}``, r from −40 up (2309.16240)."""
     return -jnp.expm1(-jnp.maximum(log_ratios, -40.0))
 
 
 def js_score(log_ratios: PerPair) -> PerPair:
-    """f' of the Jensen-Shannon divergence for ``f_dpo``: ``ln 2 + log σ(r)`` (arXiv 2309.16240)."""
+    """f' of the Jensen-Shannon divergence for ``f_dpo``: ``ln 2 + log σ(r)`` (2309.16240)."""
     return jax.nn.log_sigmoid(log_ratios) + math.log(2)
 
 
 def alpha_score(log_ratios: PerPair, *, alpha: float) -> PerPair:
-    """f' of the α-divergence for ``f_dpo``: ``(1 − e^{−αr}) / α``, −αr up to 40 (arXiv 2309.16240).
+    """f' of the α-divergence for ``f_dpo``: ``(1 − e^{−αr}) / α``, −αr up to 40 (2309.16240).
 
     α → 0 is the reverse KL (DPO), α = 1 the forward KL. Some codes write e^{(a−1)r} / (a−1): their a is 1 − α.
     """
@@ -60,7 +60,7 @@ def alpha_score(log_ratios: PerPair, *, alpha: float) -> PerPair:
 
 
 def match_ranks(values: PerPair, others: PerPair, mask: Bool[Array, " b"] | None = None) -> PerPair:
-    """For each of ``values`` the one of ``others`` with the same rank, stop-gradient, for AOT (arXiv 2406.05882).
+    """For each of ``values`` the one of ``others`` with the same rank, stop-gradient, for AOT (2406.05882).
 
     Call it on the whole optimizer step, before the cut into micro-batches. Masked rows take no part and get 0.
     """
@@ -78,7 +78,7 @@ def aot(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """AOT, paired: cDPO on sorted ``l_w − l_l`` minus sorted ``ref l_w − ref l_l`` (arXiv 2406.05882).
+    """AOT, paired: cDPO on sorted ``l_w − l_l`` minus sorted ``ref l_w − ref l_l`` (2406.05882).
 
     ``matched_ref_log_ratios = match_ranks(chosen − rejected, ref_chosen − ref_rejected)``. The rows are in their own
     order; their sum and its gradient are those of the sorted lists.
@@ -96,7 +96,7 @@ def aot_unpaired(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> PerPair:
-    """AOT, unpaired: cDPO on sorted r_w minus sorted r_l (arXiv 2406.05882).
+    """AOT, unpaired: cDPO on sorted r_w minus sorted r_l (2406.05882).
 
     ``matched_rejected = match_ranks(r_w, r_l)``, ``matched_chosen = match_ranks(r_l, r_w)``. Each row carries the
     gradient of its own two log-ratios; the rows' sum and its gradient are those of the sorted lists.
@@ -113,7 +113,7 @@ def aot_unpaired(
 def ld_logprobs(
     logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"], other_mask: Bool[Array, "b s"], *, alpha: float
 ) -> PerPair:
-    """LD-DPO: ``Σ_{t<=n} l_t + α Σ_{t>n} l_t``, n = min(|y_w|, |y_l|) kept tokens (arXiv 2409.06411).
+    """LD-DPO: ``Σ_{t<=n} l_t + α Σ_{t>n} l_t``, n = min(|y_w|, |y_l|) kept tokens (2409.06411).
 
     ``other_mask`` is the other side of the pair. It replaces the sum for policy and reference alike; α = 1 is the sum.
     """
@@ -123,7 +123,7 @@ def ld_logprobs(
 
 
 def log_collision(logits: Float[Array, "*n v"], temperature: float = 1.0) -> Float[Array, "*n"]:
-    """``log Σ_v π_v²``, the log of a sampled token's mean probability, for ``wpo_weights`` (arXiv 2406.11827)."""
+    """``log Σ_v π_v²``, the log of a sampled token's mean probability, for ``wpo_weights`` (2406.11827)."""
     logits = at_least_float32(logits) / temperature
     return log_normalizer(2 * logits) - 2 * log_normalizer(logits)
 
@@ -136,7 +136,7 @@ def wpo_weights(
     chosen_mask: Bool[Array, "b t"],
     rejected_mask: Bool[Array, "b s"],
 ) -> PerPair:
-    """WPO: ``w(y_w) w(y_l)``, w(y) = exp(mean_t [l_t − log Σ_v π_v²]), stop-gradient (arXiv 2406.11827, eq. 2).
+    """WPO: ``w(y_w) w(y_l)``, w(y) = exp(mean_t [l_t − log Σ_v π_v²]), stop-gradient (2406.11827, eq. 2).
 
     Multiplies any pairwise loss; the log-collisions come from ``log_collision``. An empty side weighs 1. The authors'
     code also caps the product at 1: ``jnp.minimum(weights, 1)``.
@@ -150,7 +150,7 @@ def wpo_weights(
 
 
 def mix_reference(reference: Any, policy: Any, *, alpha: float) -> Any:
-    """TR-DPO: ``π_ref ← α·π + (1−α)·π_ref``, leaf by leaf, every τ steps; α = 1 copies (arXiv 2404.09656).
+    """TR-DPO: ``π_ref ← α·π + (1−α)·π_ref``, leaf by leaf, every τ steps; α = 1 copies (2404.09656).
 
     In float32 or wider, back to each reference leaf's dtype; a reference in bfloat16 loses updates of a small α.
     """
@@ -171,7 +171,7 @@ def xpo(
     beta: float,
     alpha: float,
 ) -> PerPair:
-    """XPO: online DPO plus ``α·log π(ỹ)``, ỹ sampled from the reference (arXiv 2405.21046, algorithm 1).
+    """XPO: online DPO plus ``α·log π(ỹ)``, ỹ sampled from the reference (2405.21046, algorithm 1).
 
     ``explore_logprobs`` is the policy's log π(ỹ): pushing it down is the exploration bonus, so the loss has no minimum
     of its own. With one completion from the policy and one from the reference a pair, ỹ is the latter.
@@ -183,7 +183,7 @@ def xpo(
 def nash_md(
     logprobs: Float[Array, " b"], ref_logprobs: Float[Array, " b"], preference: Float[Array, " b"], *, beta: float
 ) -> Float[Array, " b"]:
-    """Nash-MD: ``−(p − ½ − β·sg(r))·l``, p the probability that y beats y' (arXiv 2312.00886, Nash-MD-PG).
+    """Nash-MD: ``−(p − ½ − β·sg(r))·l``, p the probability that y beats y' (2312.00886, Nash-MD-PG).
 
     y is the policy's and scored here; y' comes from the mixture π^{1−m}·π_ref^m. Log-probs are sums over the
     completion, so that β weighs the KL of whole sequences. The value has no meaning, the gradient has.
@@ -200,7 +200,7 @@ def nash_md_per_token(
     *,
     beta: float,
 ) -> Float[Array, " b"]:
-    """Nash-MD as TRL has it: ``−(p − ½)·Σ_t l_t + β·Σ_t sg(l_t − ref_t)·l_t`` (arXiv 2312.00886).
+    """Nash-MD as TRL has it: ``−(p − ½)·Σ_t l_t + β·Σ_t sg(l_t − ref_t)·l_t`` (2312.00886).
 
     Each token answers for its own log-ratio only, which leaves out its effect on the KL of later tokens. An empty row
     gives 0.

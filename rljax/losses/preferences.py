@@ -21,7 +21,7 @@ PerPair = Float[Array, " b"]
 
 
 def sequence_log_ratio(logprobs: PerPair, ref_logprobs: PerPair) -> PerPair:
-    """r = log π − log π_ref; β·r is the implicit reward (arXiv 2305.18290, section 4)."""
+    """r = log π − log π_ref; β·r is the implicit reward (2305.18290, section 4)."""
     return at_least_float32(logprobs) - at_least_float32(ref_logprobs)
 
 
@@ -38,7 +38,7 @@ def dpo(
     *,
     beta: float,
 ) -> PerPair:
-    """DPO: ``−log σ(βΔ)`` (arXiv 2305.18290, eq. 7); ln 2 where policy and reference agree."""
+    """DPO: ``−log σ(βΔ)`` (2305.18290, eq. 7); ln 2 where policy and reference agree."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
@@ -66,7 +66,7 @@ def robust_dpo(
     beta: float,
     label_smoothing: float,
 ) -> PerPair:
-    """Robust DPO: ``[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)`` (arXiv 2403.00409).
+    """Robust DPO: ``[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)`` (2403.00409).
 
     Its mean over labels flipped with probability ε is DPO on the clean labels; one pair's loss may be negative.
     Raises ValueError unless 0 <= ε < 1/2.
@@ -87,7 +87,7 @@ def ipo(
     *,
     beta: float,
 ) -> PerPair:
-    """IPO: ``(Δ − 1/(2β))²``, β the paper's τ (arXiv 2310.12036, eq. 17).
+    """IPO: ``(Δ − 1/(2β))²``, β the paper's τ (2310.12036, eq. 17).
 
     The equation has summed log-probs; the paper's results, and TRL, use means per token. Pass either.
     """
@@ -103,7 +103,7 @@ def hinge(
     *,
     beta: float,
 ) -> PerPair:
-    """Hinge on the log-ratios: ``max(0, 1 − βΔ)`` (SLiC, arXiv 2305.10425, as normalised by RSO, arXiv 2309.06657)."""
+    """Hinge on the log-ratios: ``max(0, 1 − βΔ)`` (SLiC, 2305.10425, as normalised by RSO, 2309.06657)."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return jax.nn.relu(1 - beta * (chosen - rejected))
 
@@ -117,7 +117,7 @@ def exo(
     beta: float,
     label_smoothing: float,
 ) -> PerPair:
-    """EXO for pairs: ``KL((p, 1−p) ‖ (1−ε, ε))`` with p = σ(βΔ), the reverse of cDPO's KL (arXiv 2402.00856, eq. 16).
+    """EXO for pairs: ``KL((p, 1−p) ‖ (1−ε, ε))`` with p = σ(βΔ), the reverse of cDPO's KL (2402.00856, eq. 16).
 
     Smallest, 0, at p = 1−ε. Raises ValueError at ε = 0, where the loss is infinite; TRL then uses 1e-3.
     """
@@ -138,7 +138,7 @@ def nca(
     *,
     beta: float,
 ) -> PerPair:
-    """NCA for pairs: ``−log σ(βr_w) − ½ log σ(−βr_w) − ½ log σ(−βr_l)`` (arXiv 2402.05369), absolute likelihoods."""
+    """NCA for pairs: ``−log σ(βr_w) − ½ log σ(−βr_w) − ½ log σ(−βr_l)`` (2402.05369), absolute likelihoods."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     noise = jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
     return -jax.nn.log_sigmoid(beta * chosen) - 0.5 * noise
@@ -152,7 +152,7 @@ def sppo_hard(
     *,
     beta: float,
 ) -> PerPair:
-    """SPPO, hard labels: ``(r_w − 1/(2β))² + (r_l + 1/(2β))²`` (arXiv 2405.00675, eq. 4.7), 1/β the paper's η."""
+    """SPPO, hard labels: ``(r_w − 1/(2β))² + (r_l + 1/(2β))²`` (2405.00675, eq. 4.7), 1/β the paper's η."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
 
@@ -165,7 +165,7 @@ def apo_zero(
     *,
     beta: float,
 ) -> PerPair:
-    """APO-zero: ``1 − σ(βr_w) + σ(βr_l)``, for chosen answers better than the policy's (arXiv 2408.06266, eq. 7)."""
+    """APO-zero: ``1 − σ(βr_w) + σ(βr_l)``, for chosen answers better than the policy's (2408.06266, eq. 7)."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
 
@@ -178,7 +178,7 @@ def apo_down(
     *,
     beta: float,
 ) -> PerPair:
-    """APO-down: ``σ(βr_w) + 1 − σ(βΔ)``, for a policy better than the chosen answers (arXiv 2408.06266, eq. 8)."""
+    """APO-down: ``σ(βr_w) + 1 − σ(βΔ)``, for a policy better than the chosen answers (2408.06266, eq. 8)."""
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * (chosen - rejected))
 
@@ -200,10 +200,10 @@ def dpo_loss(
     pairwise: Callable[..., PerPair] = dpo,
     average: bool = False,
 ) -> Float[Array, ""]:
-    """DPO in one call, token log-probs to a scalar: the mean over pairs (arXiv 2305.18290, eq. 7).
+    """DPO in one call, token log-probs to a scalar: the mean over pairs (2305.18290, eq. 7).
 
     ``pairwise`` is any loss of this module with DPO's four arrays, further arguments bound by ``functools.partial``.
-    ``average`` divides each sum by its number of tokens (length-normalised DPO, arXiv 2411.15124; usual for ``ipo``).
+    ``average`` divides each sum by its number of tokens (length-normalised DPO, 2411.15124; usual for ``ipo``).
     A pair with an empty side is not counted; no pair at all gives 0.
     """
     reduce = (lambda x, mask: masked_mean(x, mask, axis=-1)) if average else sequence_logprobs

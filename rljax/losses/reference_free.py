@@ -14,13 +14,13 @@ from rljax.losses.preferences import PerPair, valid_pairs
 
 
 def simpo(chosen_mean_logprobs: PerPair, rejected_mean_logprobs: PerPair, *, beta: float, gamma: float) -> PerPair:
-    """SimPO: ``−log σ(β(l̄_w − l̄_l) − γ)`` (arXiv 2405.14734, eq. 6); γ is the margin, not TRL-style γ/β."""
+    """SimPO: ``−log σ(β(l̄_w − l̄_l) − γ)`` (2405.14734, eq. 6); γ is the margin, not TRL-style γ/β."""
     difference = at_least_float32(chosen_mean_logprobs) - at_least_float32(rejected_mean_logprobs)
     return -jax.nn.log_sigmoid(beta * difference - gamma)
 
 
 def cpo(chosen_logprobs: PerPair, rejected_logprobs: PerPair, *, beta: float, nll_coef: float = 1.0) -> PerPair:
-    """CPO: ``−log σ(β(l_w − l_l)) − c·l_w``, DPO with a flat reference, plus cloning (arXiv 2401.08417, eq. 3).
+    """CPO: ``−log σ(β(l_w − l_l)) − c·l_w``, DPO with a flat reference, plus cloning (2401.08417, eq. 3).
 
     ``nll_coef`` is c; 1 in the paper. TRL's second term is a mean over the batch's tokens instead.
     """
@@ -29,7 +29,7 @@ def cpo(chosen_logprobs: PerPair, rejected_logprobs: PerPair, *, beta: float, nl
 
 
 def orpo(chosen_mean_logprobs: PerPair, rejected_mean_logprobs: PerPair, *, odds_coef: float) -> PerPair:
-    """ORPO: ``−l̄_w − λ log σ(o_w − o_l)``, o = log q − log(1−q), q = e^{l̄} (arXiv 2403.07691, eqs. 4, 6, 7).
+    """ORPO: ``−l̄_w − λ log σ(o_w − o_l)``, o = log q − log(1−q), q = e^{l̄} (2403.07691, eqs. 4, 6, 7).
 
     ``odds_coef`` is λ. l̄ is taken as at most −1e-6, where the odds are still finite.
     """
@@ -51,7 +51,7 @@ def simpo_loss(
     beta: float,
     gamma: float,
 ) -> Float[Array, ""]:
-    """``simpo`` of token log-probs, mean over pairs (arXiv 2405.14734, eq. 6)."""
+    """``simpo`` of token log-probs, mean over pairs (2405.14734, eq. 6)."""
     chosen = masked_mean(chosen_logprobs, chosen_mask, axis=-1)
     rejected = masked_mean(rejected_logprobs, rejected_mask, axis=-1)
     return masked_mean(simpo(chosen, rejected, beta=beta, gamma=gamma), valid_pairs(chosen_mask, rejected_mask))
@@ -66,7 +66,7 @@ def cpo_loss(
     beta: float,
     nll_coef: float = 1.0,
 ) -> Float[Array, ""]:
-    """``cpo`` of token log-probs, mean over pairs (arXiv 2401.08417)."""
+    """``cpo`` of token log-probs, mean over pairs (2401.08417)."""
     chosen = sequence_logprobs(chosen_logprobs, chosen_mask)
     rejected = sequence_logprobs(rejected_logprobs, rejected_mask)
     return masked_mean(cpo(chosen, rejected, beta=beta, nll_coef=nll_coef), valid_pairs(chosen_mask, rejected_mask))
@@ -80,7 +80,7 @@ def orpo_loss(
     *,
     odds_coef: float,
 ) -> Float[Array, ""]:
-    """``orpo`` of token log-probs, mean over pairs (arXiv 2403.07691, eq. 6)."""
+    """``orpo`` of token log-probs, mean over pairs (2403.07691, eq. 6)."""
     chosen = masked_mean(chosen_logprobs, chosen_mask, axis=-1)
     rejected = masked_mean(rejected_logprobs, rejected_mask, axis=-1)
     return masked_mean(orpo(chosen, rejected, odds_coef=odds_coef), valid_pairs(chosen_mask, rejected_mask))

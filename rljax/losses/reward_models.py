@@ -19,12 +19,12 @@ from rljax.losses.masked import at_least_float32, masked_mean, masked_sum, zero_
 def bradley_terry(
     chosen_rewards: Float[Array, " b"], rejected_rewards: Float[Array, " b"], margin: Float[Array, " b"] | float = 0.0
 ) -> Float[Array, " b"]:
-    """``−log σ(r_w − r_l − m)`` (arXiv 2203.02155, eq. 1; the margin m arXiv 2307.09288, eq. 2)."""
+    """``−log σ(r_w − r_l − m)`` (2203.02155, eq. 1; the margin m 2307.09288, eq. 2)."""
     return -jax.nn.log_sigmoid(at_least_float32(chosen_rewards) - at_least_float32(rejected_rewards) - margin)
 
 
 def centering_penalty(chosen_rewards: Float[Array, " b"], rejected_rewards: Float[Array, " b"]) -> Float[Array, " b"]:
-    """``(r_w + r_l)²``, which fixes the free constant of pairwise rewards at mean 0 (arXiv 2312.09244, eq. 2)."""
+    """``(r_w + r_l)²``, which fixes the free constant of pairwise rewards at mean 0 (2312.09244, eq. 2)."""
     return jnp.square(at_least_float32(chosen_rewards) + at_least_float32(rejected_rewards))
 
 
@@ -36,7 +36,7 @@ def bradley_terry_loss(
     margin: Float[Array, " b"] | float = 0.0,
     centering_coef: float = 0.0,
 ) -> Float[Array, ""]:
-    """``bradley_terry`` plus ``c · centering_penalty``, mean over the pairs kept (arXiv 2203.02155, eq. 1)."""
+    """``bradley_terry`` plus ``c · centering_penalty``, mean over the pairs kept (2203.02155, eq. 1)."""
     mask = jnp.ones(chosen_rewards.shape, bool) if pair_mask is None else pair_mask
     chosen, rejected = zero_masked(mask, chosen_rewards, rejected_rewards)
     losses = bradley_terry(chosen, rejected, margin) + centering_coef * centering_penalty(chosen, rejected)
@@ -52,7 +52,7 @@ def rank_order(scores: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Int[Arr
 
 
 def plackett_luce(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, " b"]:
-    """``−Σ_k [r_k − log Σ_{j>=k} e^{r_j}]``, −log P(the ranking), answers best first (arXiv 2301.11270, K-wise MLE).
+    """``−Σ_k [r_k − log Σ_{j>=k} e^{r_j}]``, −log P(the ranking), answers best first (2301.11270, K-wise MLE).
 
     Masked entries are not there, wherever they stand; ``rank_order`` sorts. K = 2 is ``bradley_terry``; one answer or
     none gives 0.
@@ -64,7 +64,7 @@ def plackett_luce(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"])
 
 
 def pairwise_split(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, " b"]:
-    """``−Σ_{i<j} log σ(r_i − r_j) / C(K, 2)``, answers best first (arXiv 2203.02155, eq. 1; 2301.11270, MLE₂).
+    """``−Σ_{i<j} log σ(r_i − r_j) / C(K, 2)``, answers best first (2203.02155, eq. 1; 2301.11270, MLE₂).
 
     All pairs of one ranking stay in one row, each row weighs the same. Consistent, less efficient than
     ``plackett_luce``. One answer or none gives 0.
@@ -82,7 +82,7 @@ def rankings(mask: Bool[Array, "b k"]) -> Bool[Array, " b"]:
 
 
 def plackett_luce_loss(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, ""]:
-    """``plackett_luce``, mean over rows of at least two answers (arXiv 2301.11270)."""
+    """``plackett_luce``, mean over rows of at least two answers (2301.11270)."""
     return masked_mean(plackett_luce(ranked_rewards, mask), rankings(mask))
 
 
@@ -92,7 +92,7 @@ def plackett_luce_loss(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b
 def binary_cross_entropy(
     logits: Float[Array, "*s"], labels: Float[Array, "*s"] | Bool[Array, "*s"], mask: Bool[Array, "*s"]
 ) -> Float[Array, "*s"]:
-    """``−y log σ(z) − (1−y) log σ(−z)``, y in [0, 1]; 0 where masked (arXiv 2312.08935, ORM and PRM losses)."""
+    """``−y log σ(z) − (1−y) log σ(−z)``, y in [0, 1]; 0 where masked (2312.08935, ORM and PRM losses)."""
     logits, labels = zero_masked(mask, logits, labels)
     return jnp.where(mask, jax.nn.softplus(logits) - labels * logits, 0)
 
@@ -100,9 +100,9 @@ def binary_cross_entropy(
 def outcome_loss(
     logits: Float[Array, "b t"], correct: Bool[Array, " b"], loss_mask: Bool[Array, "b t"]
 ) -> Float[Array, ""]:
-    """ORM: ``binary_cross_entropy`` of "this answer is correct" at every prefix, mean over tokens (arXiv 2403.04642).
+    """ORM: ``binary_cross_entropy`` of "this answer is correct" at every prefix, mean over tokens (2403.04642).
 
-    The logit at t judges the prefix that ends with token t (arXiv 2110.14168 trains so at every token). An empty mask
+    The logit at t judges the prefix that ends with token t (2110.14168 trains so at every token). An empty mask
     gives 0.
     """
     labels = jnp.broadcast_to(correct[:, None], logits.shape)
@@ -114,7 +114,7 @@ def process_loss(
     step_labels: Float[Array, "b s"] | Bool[Array, "b s"],
     step_mask: Bool[Array, "b s"],
 ) -> Float[Array, ""]:
-    """PRM: ``binary_cross_entropy`` of "this step is right" at each step's end, mean over steps (arXiv 2305.20050).
+    """PRM: ``binary_cross_entropy`` of "this step is right" at each step's end, mean over steps (2305.20050).
 
     An empty mask gives 0.
     """
@@ -132,14 +132,14 @@ class FeatureCovariance(NamedTuple):
 
 
 def empty_covariance(width: int) -> FeatureCovariance:
-    """No comparisons of features of ``width`` numbers (arXiv 2301.11270)."""
+    """No comparisons of features of ``width`` numbers (2301.11270)."""
     return FeatureCovariance(jnp.zeros((width, width), jnp.float32), jnp.zeros((), jnp.float32))
 
 
 def add_comparisons(
     covariance: FeatureCovariance, differences: Float[Array, "n d"], mask: Bool[Array, " n"]
 ) -> FeatureCovariance:
-    """Accumulates Σ_D = (1/n) Σ (φ_w − φ_l)(φ_w − φ_l)ᵀ (arXiv 2301.11270, section 3).
+    """Accumulates Σ_D = (1/n) Σ (φ_w − φ_l)(φ_w − φ_l)ᵀ (2301.11270, section 3).
 
     A ranking of K answers adds its C(K, 2) differences. The order and the cut into calls do not matter.
     """
@@ -158,7 +158,7 @@ def pessimistic_rewards(
     ridge: float,
     reference: Float[Array, " d"] | float = 0.0,
 ) -> Float[Array, " n"]:
-    """``r − bound · ‖φ − ν‖`` in the norm of ``(Σ_D + λI)⁻¹`` (arXiv 2301.11270, algorithm 1).
+    """``r − bound · ‖φ − ν‖`` in the norm of ``(Σ_D + λI)⁻¹`` (2301.11270, algorithm 1).
 
     A lower confidence bound where the data does not cover the features of a linear reward head: take the best of n by
     it. ``reference`` is ν, ``ridge`` λ > 0, ``bound`` of order sqrt((d + log 1/δ) / n).
@@ -176,5 +176,5 @@ def pessimistic_rewards(
 
 
 def reward_bias(reference_rewards: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, ""]:
-    """What to add to a head's bias so that the references' mean reward is 0 (arXiv 2403.17031, detail 15)."""
+    """What to add to a head's bias so that the references' mean reward is 0 (2403.17031, detail 15)."""
     return -masked_mean(reference_rewards, mask)

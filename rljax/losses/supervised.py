@@ -14,22 +14,22 @@ from rljax.losses.masked import at_least_float32, count_tokens, masked_mean, mas
 def cross_entropy(
     logprobs: Float[Array, "b t"], loss_mask: Bool[Array, "b t"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """``−Σ l`` and the number of tokens, to add over micro-batches and devices before dividing (arXiv 2203.02155, SFT).
+    """``−Σ l`` and the number of tokens, to add over micro-batches and devices before dividing (2203.02155, SFT).
 
-    Tülu 3 (arXiv 2411.15124) minimises the numerator alone. An empty mask gives 0 and 0.
+    Tülu 3 (2411.15124) minimises the numerator alone. An empty mask gives 0 and 0.
     """
     return -masked_sum(logprobs, loss_mask), count_tokens(loss_mask)
 
 
 def sft_loss(logprobs: Float[Array, "b t"], loss_mask: Bool[Array, "b t"]) -> Float[Array, ""]:
-    """``−mean l`` over the batch's tokens: ``cross_entropy`` in one call (arXiv 2203.02155); an empty mask gives 0."""
+    """``−mean l`` over the batch's tokens: ``cross_entropy`` in one call (2203.02155); an empty mask gives 0."""
     return -masked_mean(logprobs, loss_mask)
 
 
 def smoothed_cross_entropy(
     logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], *, label_smoothing: float
 ) -> Float[Array, "*n"]:
-    """``−(1−ε) log p_y − ε mean_v log p_v`` per token (arXiv 1512.00567, section 7); logits of -inf count as absent."""
+    """``−(1−ε) log p_y − ε mean_v log p_v`` per token (1512.00567, section 7); logits of -inf count as absent."""
     logits = at_least_float32(logits)
     present = ~jnp.isneginf(logits)
     mean_logit = jnp.sum(jnp.where(present, logits, 0), axis=-1) / jnp.sum(present, axis=-1)
@@ -38,16 +38,16 @@ def smoothed_cross_entropy(
 
 
 def z_loss(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
-    """``log² Z``, Z = Σ_v e^{logit_v}, per token; its paper adds 1e-4 times it (arXiv 2204.02311, section 5)."""
+    """``log² Z``, Z = Σ_v e^{logit_v}, per token; its paper adds 1e-4 times it (2204.02311, section 5)."""
     return jnp.square(log_normalizer(logits))
 
 
 def dft(logprobs: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """DFT: ``−sg(p)·log p`` per token, with the gradient of −p (arXiv 2508.05629, token-level form)."""
+    """DFT: ``−sg(p)·log p`` per token, with the gradient of −p (2508.05629, token-level form)."""
     logprobs = at_least_float32(logprobs)
     return -jax.lax.stop_gradient(jnp.exp(logprobs)) * logprobs
 
 
 def dft_loss(logprobs: Float[Array, "b t"], loss_mask: Bool[Array, "b t"]) -> Float[Array, ""]:
-    """``dft``, mean over the tokens of the batch (arXiv 2508.05629). An empty mask gives 0."""
+    """``dft``, mean over the tokens of the batch (2508.05629). An empty mask gives 0."""
     return masked_mean(dft(zero_masked(loss_mask, logprobs)), loss_mask)

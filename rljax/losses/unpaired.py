@@ -18,7 +18,7 @@ PerRow = Float[Array, " b"]
 def kto_reference_point(
     mismatched_logprobs: PerRow, mismatched_ref_logprobs: PerRow, mask: Bool[Array, " b"] | None = None
 ) -> Float[Array, ""]:
-    """KTO's z0: ``max(0, mean_i r(x_i, y_{i+1}))``, stop-gradient (arXiv 2402.01306, section 4).
+    """KTO's z0: ``max(0, mean_i r(x_i, y_{i+1}))``, stop-gradient (2402.01306, section 4).
 
     Log-probs of completions under *another* row's prompt, an estimate of KL(π‖π_ref). Rows outside ``mask`` do not
     count; an empty mask gives 0.
@@ -38,7 +38,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> PerRow:
-    """KTO: ``λ_D (1 − σ(β(r − z0)))`` if desirable, ``λ_U (1 − σ(β(z0 − r)))`` if not (arXiv 2402.01306, eq. 7).
+    """KTO: ``λ_D (1 − σ(β(r − z0)))`` if desirable, ``λ_U (1 − σ(β(z0 − r)))`` if not (2402.01306, eq. 7).
 
     ``reference_point`` is z0. λ_D·n_D / (λ_U·n_U) in [1, 4/3] is the paper's advice for unequal counts.
     """
@@ -49,7 +49,7 @@ def kto(
 def bco(
     logprobs: PerRow, ref_logprobs: PerRow, desirable: Bool[Array, " b"], shift: Float[Array, ""], *, beta: float
 ) -> PerRow:
-    """BCO: ``−log σ(βr − δ)`` if desirable, ``−log σ(−(βr − δ))`` if not (arXiv 2404.04656).
+    """BCO: ``−log σ(βr − δ)`` if desirable, ``−log σ(−(βr − δ))`` if not (2404.04656).
 
     ``shift`` is δ, the running mean of βr over good and bad rows: keep ``RunningMoments`` in the checkpoint and pass
     ``merge_moments(state, moments_of(β·r, mask)).mean``, once per optimizer step over the global batch.
@@ -69,7 +69,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, ""]:
-    """``kto`` of token log-probs, mean over rows that keep a token, 0 without any (arXiv 2402.01306, eq. 7)."""
+    """``kto`` of token log-probs, mean over rows that keep a token, 0 without any (2402.01306, eq. 7)."""
     losses = kto(
         sequence_logprobs(logprobs, loss_mask),
         sequence_logprobs(ref_logprobs, loss_mask),
@@ -91,6 +91,6 @@ def bco_loss(
     *,
     beta: float,
 ) -> Float[Array, ""]:
-    """``bco`` of token log-probs, mean over rows that keep a token, 0 without any (arXiv 2404.04656)."""
+    """``bco`` of token log-probs, mean over rows that keep a token, 0 without any (2404.04656)."""
     policy, reference = sequence_logprobs(logprobs, loss_mask), sequence_logprobs(ref_logprobs, loss_mask)
     return masked_mean(bco(policy, reference, desirable, shift, beta=beta), jnp.any(loss_mask, axis=-1))

@@ -34,6 +34,13 @@ class _Keep:
         return [c.step in latest or c.step in best for c in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX's preemption service: Orbax would, late and with an older step, which upsets its count."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Saves and restores (state, position) under ``folder``, a local or ``gs://`` path that all processes share.
 
@@ -49,7 +56,7 @@ class Checkpointer:
         path = epath.Path(folder)
         self.folder = path if "://" in str(folder) else path.expanduser().resolve()
         self.save_every_steps = save_every_steps
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,

@@ -17,7 +17,7 @@ from rljax.types import PyTree
 STATE, RECORD, SCORE = "state", "record", "score"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """A checkpoint could not be written, or what was read is not what was written."""
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rljax.models.decoder import DecoderConfig, Model, Params
+from rljax.models.decoder import Model, Params
 from rljax.models.layers import Param
 from rljax.sharding import Layout
 
@@ -55,25 +56,25 @@ def _is_param(leaf: Any) -> bool:
 
 def init_params(model: Model, layout: Layout, seed: int, dtype: Any = jnp.float32) -> Params:
     """Random weights, born sharded. The values depend on the seed and the declaration alone, not on mesh or padding."""
-    declared = declare(model)
-    leaves, tree = jax.tree.flatten(declared, is_leaf=_is_param)
+    leaves, tree = jax.tree.flatten(declare(model), is_leaf=_is_param)
+    key, c = jax.random.key(seed), model.config
+    return jax.tree.unflatten(
+        tree,
+        [
+            _init_leaf(jax.random.fold_in(key, index), c.init_std, p, c.vocab_size, dtype, layout)
+            for index, p in enumerate(leaves)
+        ],
+    )
 
-    def make(key: Array) -> Params:
-        keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
-        return jax.tree.unflatten(
-            tree, [_init_leaf(model.config, p, k, dtype) for p, k in zip(leaves, keys, strict=True)]
-        )
 
-    return jax.jit(make, out_shardings=param_shardings(model, layout))(jax.random.key(seed))
-
-
-def _init_leaf(c: DecoderConfig, p: Param, key: Array, dtype: Any) -> Array:
-    if p.init == "ones":
-        return jnp.ones(p.shape, dtype)
-    if p.init == "zeros":
-        return jnp.zeros(p.shape, dtype)
-    # float32 draws whatever the dtype, so that float64 tests and float32 runs start from the same weights.
-    values = c.init_std * jax.random.normal(key, p.shape, jnp.float32)
-    if p.axes[0] == "vocab":
-        values = jnp.where(jnp.arange(p.shape[0])[:, None] < c.vocab_size, values, 0)
-    return values.astype(dtype)
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _init_leaf(key: Array, std: float, p: Param, vocab_size: int, dtype: Any, layout: Layout) -> Array:
+    """A program per shape, which leaves and models of that shape share."""
+    if p.init == "normal":
+        # float32 draws whatever the dtype, so that float64 tests and float32 runs start from the same weights.
+        values = std * jax.random.normal(key, p.shape, jnp.float32)
+        if p.axes[0] == "vocab":
+            values = jnp.where(jnp.arange(p.shape[0])[:, None] < vocab_size, values, 0)
+    else:
+        values = jnp.full(p.shape, {"ones": 1.0, "zeros": 0.0}[p.init])
+    return jax.lax.with_sharding_constraint(values.astype(dtype), layout.sharding(p.axes, p.shape))

@@ -1,0 +1,76 @@
+"""The quickstart: a small decoder from random weights learns sums with worked steps, first from text, then by GRPO.
+
+    make quickstart        (or: python -m rljax.main --config configs/quickstart.py)
+
+Hardware: 2 CPU cores, no network, under 4 minutes.
+Expected: held-out exact match (``eval/score``, 512 problems that no training row shares) from 0 over about 0.3 after the
+warm start to 0.9 or more after GRPO.
+"""
+
+from ml_collections import ConfigDict
+
+from rljax.config import default_config
+from rljax.data.arithmetic import ALPHABET
+
+
+def get_config() -> ConfigDict:
+    config = default_config("grpo")
+    config.name = "quickstart"
+    config.cpu_devices = 2
+    config.recipe = ("warm_start", "main")
+    config.tokenizer.path = f"characters:{ALPHABET}"
+    with config.unlocked():
+        config.model.architecture = ConfigDict(
+            {
+                "model_type": "llama",
+                "hidden_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 32,
+                "intermediate_size": 384,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "max_position_embeddings": 256,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.05,
+            }
+        )
+        config.data.options = ConfigDict({"difficulty": 3})
+        config.stages = ConfigDict(
+            {
+                "warm_start": {
+                    "algo": {"name": "sft"},
+                    "steps": 150,
+                    "data": {"train_rows": 4096},
+                    "batch": {"rows": 64},
+                    "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 10},
+                }
+            }
+        )
+    config.data.train = config.data.dev = config.data.test = "arithmetic"
+    config.data.train_rows = 8192
+    config.data.dev_rows = 128
+    config.data.test_rows = 512
+    config.data.prompt_lengths = (20,)
+    config.data.row_length = 64
+
+    config.algo.kl_coef = 0.0
+    config.algo.clip_low = 0.2
+    config.algo.clip_high = 0.28
+    config.algo.advantage_mean = "group"
+    config.algo.advantage_std = "batch"
+    config.algo.aggregation = "token_mean"
+    config.steps = 80
+    config.rollout.prompts_per_step = 32
+    config.rollout.group_size = 8
+    config.rollout.max_new_tokens = 48
+    config.reward.names = ("arithmetic",)
+    config.optim.learning_rate = 3e-4
+    config.optim.warmup_steps = 5
+
+    config.eval.prompts_per_batch = 256
+    config.checkpoint.every_steps = 50
+    config.log.samples_per_step = 3
+    config.lock()
+    return config

@@ -1,0 +1,102 @@
+"""GRPO and what is made of the same pieces: DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), Lite PPO (2508.08221)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rljax.algos.base import Algorithm, Batch
+from rljax.losses.advantages import (
+    RunningMoments,
+    empty_moments,
+    group_ids,
+    merge_moments,
+    moments_of,
+    normalize_rewards,
+)
+from rljax.losses.kl import k3
+from rljax.losses.masked import AGGREGATIONS, Aggregation, constant_length, count_tokens, masked_sum
+from rljax.losses.policy import clipped_surrogate, dual_clip, is_clipped_high, is_clipped_low
+from rljax.types import FINISH_END, Experience, Outputs, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """``clip_low`` and ``clip_high`` are the distances of the clip's edges from 1."""
+
+    kl_coef: float  # of k3 against the reference, in the loss; 0 loads no reference
+    clip_low: float
+    clip_high: float
+    advantage_mean: str  # group | batch | running | none
+    advantage_std: str  # the same set; batch is of the raw rewards
+    aggregation: str  # token_mean | sequence_mean_token_mean | sequence_mean_token_sum | constant_length
+    dual_clip: float | None = None  # bound of the loss where the advantage is negative (1912.09729); usually 3
+    entropy_coef: float = 0.0
+    mask_truncated: bool = False  # completions cut by the budget count in the statistics and not in the loss
+
+
+def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
+    """Raises KeyError on an aggregation or a statistic that does not exist."""
+    aggregation = _aggregation(config.aggregation, max_new_tokens)
+
+    def targets(moments: RunningMoments, experience: Experience) -> tuple[RunningMoments, Batch]:
+        rollout, rewards = experience.rollout, experience.rewards
+        mask = rollout.loss_mask
+        # A row without completion tokens fills a step up: it has no part in statistics. Truncated rows have theirs.
+        rows = jnp.any(mask, axis=-1)
+        moments = merge_moments(moments, moments_of(rewards, rows))
+        advantages = normalize_rewards(
+            rewards,
+            group_ids(rewards.shape[0], group_size),
+            rows,
+            mean=config.advantage_mean,
+            std=config.advantage_std,
+            moments=moments,
+        )
+        if config.mask_truncated:
+            mask &= (rollout.finish_reason == FINISH_END)[:, None]
+        batch = {
+            "tokens": rollout.tokens,
+            "valid": rollout.valid,
+            "loss_mask": mask,
+            "support": rollout.support,
+            "behavior_logprobs": rollout.behavior_logprobs,
+            "advantages": jnp.broadcast_to(advantages[:, None], mask.shape),
+        }
+        if config.kl_coef:
+            batch["ref_logprobs"] = experience.ref_logprobs
+        return moments, jax.lax.stop_gradient(batch)
+
+    def prepare(batch: Batch) -> tuple[Batch, dict]:
+        return batch, {"aggregated": aggregation.denominator(batch["loss_mask"])}
+
+    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        mask, advantages, old = batch["loss_mask"], batch["advantages"], batch["behavior_logprobs"]
+        surrogate = clipped_surrogate(outputs.logprobs, old, advantages, config.clip_low, config.clip_high)
+        if config.dual_clip:
+            surrogate = dual_clip(surrogate, advantages, config.dual_clip)
+        terms = {
+            "policy": Term(aggregation.numerator(surrogate, mask), "aggregated"),
+            "clip_fraction_low": Term(
+                count_tokens(mask & is_clipped_low(outputs.logprobs, old, advantages, config.clip_low)), "tokens", 0.0
+            ),
+            "clip_fraction_high": Term(
+                count_tokens(mask & is_clipped_high(outputs.logprobs, old, advantages, config.clip_high)), "tokens", 0.0
+            ),
+            "entropy": Term(masked_sum(outputs.entropy, mask), "tokens", 0.0),
+        }
+        if config.entropy_coef:
+            terms["entropy_bonus"] = Term(
+                aggregation.numerator(outputs.entropy, mask), "aggregated", -config.entropy_coef
+            )
+        if config.kl_coef:
+            kl = k3(outputs.logprobs, batch["ref_logprobs"])
+            terms["kl"] = Term(aggregation.numerator(kl, mask), "aggregated", config.kl_coef)
+        return terms
+
+    needs = {"entropy"} | ({"ref_logprobs"} if config.kl_coef else set())
+    return Algorithm(needs=frozenset(needs), init=empty_moments, targets=targets, prepare=prepare, loss=loss)
+
+
+def _aggregation(name: str, max_new_tokens: int) -> Aggregation:
+    return constant_length(max_new_tokens) if name == "constant_length" else AGGREGATIONS[name]

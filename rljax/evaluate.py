@@ -1,0 +1,122 @@
+"""Scores on held-out prompts, with the training sampler and the training rewards."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
+from rljax.rewards.estimates import bootstrap_interval, pass_at_k
+from rljax.rewards.runner import RewardRunner
+from rljax.rollouts import Completions, complete
+from rljax.sampler import make_generate
+from rljax.session import EVAL_KEY, Session
+from rljax.types import Prompts
+
+BOOTSTRAP_SEED = 0
+
+
+@dataclass
+class Evaluator:
+    """One compiled sampler and one split's prompts, always in the same order with the same random numbers."""
+
+    session: Session
+    source: PromptSource
+    runner: RewardRunner
+    split: str
+
+    def __post_init__(self) -> None:
+        config, session = self.session.config, self.session
+        sampling = replace(session.sampling(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
+        self._generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
+        shards = max(session.train.data_shards, session.decode.data_shards)
+        self._prompts_per_batch = -(-min(config.eval.prompts_per_batch, len(self.source)) // shards) * shards
+
+    def run(self, params: Any, version: int) -> tuple[dict[str, float], list[Completions]]:
+        """Metrics of the split, and the completions behind them. Every process gets the same numbers."""
+        samples = self.session.config.eval.samples
+        total = len(self.source)
+        position = DataPosition()
+        rewards, correct, lengths, finished, batches = [], [], [], [], []
+        for start in range(0, total, self._prompts_per_batch):
+            count = min(self._prompts_per_batch, total - start)
+            rows, prompts, position = self.source.take(position, count)
+            prompts = repeat_prompts(_filled(prompts, self._prompts_per_batch, self.source.prompt_lengths[-1]), samples)
+            rows = [row for row in rows for _ in range(samples)]
+            rows += [{}] * (len(prompts.tokens) - len(rows))
+            key = self.session.key(EVAL_KEY)
+            done = complete(self.session, self._generate, params, prompts, rows, self.runner, key, version)
+            batches.append(done)
+            kept = slice(0, count * samples)
+            rewards.append(done.rewards[kept].reshape(count, samples))
+            correct.append(done.correct[kept].reshape(count, samples))
+            lengths.append(done.lengths[kept])
+            finished.append(done.finished[kept])
+        metrics = score_metrics(np.concatenate(rewards), np.concatenate(correct))
+        metrics |= {
+            "completion_length": float(np.concatenate(lengths).mean()),
+            "truncated": float(1 - np.concatenate(finished).mean()),
+            "temperature": self.session.config.eval.temperature,
+            "seconds": sum(done.rollout_s + done.reward_s for done in batches),
+        }
+        return metrics, batches
+
+
+def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """``score``: the share of right completions where every one is judged, else the mean reward; with its interval.
+
+    ``rewards`` and ``correct`` are [problems, samples]; the 95 % interval is a bootstrap over problems.
+    """
+    judged = bool((correct >= 0).all())
+    per_problem = (correct if judged else rewards).mean(axis=1)
+    interval = bootstrap_interval(per_problem, seed=BOOTSTRAP_SEED)
+    metrics = {
+        "score": float(per_problem.mean()),
+        "score_low": interval.low,
+        "score_high": interval.high,
+        "n": len(per_problem),
+        "samples": rewards.shape[1],
+        "reward": float(rewards.mean()),
+    }
+    k = 2
+    while judged and k <= rewards.shape[1]:
+        metrics[f"pass_at_{k}"] = float(np.mean([pass_at_k(rewards.shape[1], int(c), k) for c in correct.sum(axis=1)]))
+        k *= 2
+    return metrics
+
+
+def _filled(prompts: Prompts, rows: int, width: int) -> Prompts:
+    """Prompts of one fixed shape: widened on the left, filled up with rows that have no prompt and decode nothing."""
+    missing = rows - len(prompts.tokens)
+    left = width - prompts.tokens.shape[1]
+    grow = ((0, missing), (left, 0))
+    return Prompts(
+        np.pad(prompts.tokens, grow), np.pad(prompts.valid, grow), *(np.pad(x, (0, missing)) for x in prompts[2:])
+    )
+
+
+def show(batches: list[Completions], count: int) -> list[dict[str, Any]]:
+    """The first ``count`` prompts of the split with what was written: the same ones at every evaluation."""
+    shown = []
+    for done in batches:
+        for i, sample in done.samples.items():
+            if len(shown) < count and (not shown or sample.row is not shown[-1]["_row"]):
+                shown.append({**sample_record(done, i), "_row": sample.row})
+    return [{k: v for k, v in record.items() if k != "_row"} for record in shown]
+
+
+def sample_record(done: Completions, i: int) -> dict[str, Any]:
+    """One completion as a line of samples.jsonl."""
+    sample = done.samples[i]
+    return {
+        "prompt_id": int(done.host.prompt_id[i]),
+        "sample_id": int(done.host.sample_id[i]),
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "finished": sample.finished,
+        "reward": float(done.rewards[i]),
+        "correct": None if done.correct[i] < 0 else bool(done.correct[i]),
+        "answer": done.answers[i],
+        "parts": {name: float(values[i]) for name, values in done.parts.items()},
+        "token_ids": list(sample.token_ids),
+    }

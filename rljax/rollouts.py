@@ -1,0 +1,129 @@
+"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all processes."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from rljax.rewards.base import Sample
+from rljax.rewards.runner import RewardRunner
+from rljax.sampler import Generate
+from rljax.session import Session
+from rljax.sharding import agree, gather, owned_rows, to_global
+from rljax.types import FINISH_END, Prompts, Rollout
+
+Row = dict[str, Any]
+
+
+class Completions(NamedTuple):
+    """One rollout program's result, on the devices and on every host, with what the rewards said."""
+
+    rollout: Rollout  # global arrays in the training layout
+    host: Rollout  # the same rows as NumPy arrays
+    rows: list[Row]
+    rewards: np.ndarray  # [b]
+    correct: np.ndarray  # [b] 1 right, 0 wrong, -1 nobody judges
+    parts: dict[str, np.ndarray]  # each reward's own value, [b]
+    failures: int
+    samples: dict[int, Sample]  # this process's rows by number
+    answers: dict[int, str | None]
+    rollout_s: float
+    reward_s: float
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.host.loss_mask.sum(axis=1)
+
+    @property
+    def finished(self) -> np.ndarray:
+        return self.host.finish_reason == FINISH_END
+
+
+def complete(
+    session: Session,
+    generate: Generate,
+    params: Any,
+    prompts: Prompts,
+    rows: Sequence[Row],
+    runner: RewardRunner,
+    key: PRNGKeyArray,
+    version: int,
+) -> Completions:
+    """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process."""
+    start = time.perf_counter()
+    layout = session.train.rows
+    placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
+    rollout = jax.block_until_ready(generate(params, placed, key, np.int32(version)))
+    host = gather(rollout)
+    middle = time.perf_counter()
+    mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
+    samples = {int(i): _sample(session, host, rows[i], i) for i in mine}
+    scored = runner.score(list(samples.values()))
+    values = np.zeros((2 + len(runner.names) + 1, len(rows)))
+    values[0, mine] = scored.values
+    values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
+    for k, name in enumerate(runner.names):
+        values[2 + k, mine] = [parts[name] for parts in scored.parts]
+    np.add.at(values[-1], mine[[f.index for f in scored.failures]], 1)
+    # Exactly one process owns a row; the others hold zeros, so the sum is the owner's value to the last bit.
+    values = agree(values, lambda stacked: stacked.sum(axis=0))
+    return Completions(
+        rollout=rollout,
+        host=host,
+        rows=list(rows),
+        rewards=values[0],
+        correct=values[1].astype(int),
+        parts={name: values[2 + k] for k, name in enumerate(runner.names)},
+        failures=int(values[-1].sum()),
+        samples=samples,
+        answers=dict(zip(samples, scored.answers, strict=True)),
+        rollout_s=middle - start,
+        reward_s=time.perf_counter() - middle,
+    )
+
+
+def _sample(session: Session, host: Rollout, row: Row, i: int) -> Sample:
+    prompt = host.tokens[i][host.valid[i] & ~host.loss_mask[i]]
+    completion = host.tokens[i][host.loss_mask[i]]
+    return Sample(
+        prompt=session.tokenizer.decode(prompt),
+        completion=session.tokenizer.decode(completion),
+        messages=row.get("messages"),
+        token_ids=completion.tolist(),
+        finished=bool(host.finish_reason[i] == FINISH_END),
+        group_id=int(host.group_id[i]),
+        row=row,
+    )
+
+
+def row_metrics(done: Completions, group_size: int) -> dict[str, float]:
+    """What a step's completions look like, whatever the algorithm."""
+    lengths, right, wrong = done.lengths, done.correct == 1, done.correct == 0
+    metrics = {
+        "train/reward": done.rewards.mean(),
+        "train/reward_std": done.rewards.std(),
+        "train/completion_length": lengths.mean(),
+        "train/completion_length_max": lengths.max(),
+        "train/truncated": 1 - done.finished.mean(),
+        "train/perplexity": np.exp(-done.host.behavior_logprobs.sum() / max(lengths.sum(), 1)),
+        "train/reward_failures": done.failures,
+        "rollout/decode_steps": lengths.max(),
+        "rollout/occupied_slot_share": lengths.sum() / max(lengths.size * lengths.max(), 1),
+        **{f"train/reward/{name}": values.mean() for name, values in done.parts.items()},
+    }
+    if (done.correct >= 0).all():
+        groups = right.reshape(-1, group_size)
+        metrics["train/correct"] = right.mean()
+        metrics["train/groups_all_right"] = groups.all(axis=1).mean()
+        metrics["train/groups_all_wrong"] = (~groups).all(axis=1).mean()
+        if right.any():
+            metrics["train/completion_length_right"] = lengths[right].mean()
+        if wrong.any():
+            metrics["train/completion_length_wrong"] = lengths[wrong].mean()
+    for name in sorted({str(row.get("dataset", "")) for row in done.rows} - {""}):
+        mine = np.asarray([str(row.get("dataset", "")) == name for row in done.rows])
+        metrics[f"train/reward_by_dataset/{name}"] = done.rewards[mine].mean()
+    return {name: float(value) for name, value in metrics.items()}

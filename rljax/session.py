@@ -1,0 +1,183 @@
+"""What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import PRNGKeyArray
+
+from rljax.config import Config, ConfigError, StageConfig
+from rljax.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
+from rljax.decoding import Sampling
+from rljax.models import FAMILIES, ModelFolderError
+from rljax.models.decoder import Model, Params, check_tensor_degree
+from rljax.models.hf_import import load_config, load_params
+from rljax.models.params import abstract_params, init_params
+from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
+from rljax.steps import Forward
+
+# One fold of the root key for each purpose: no key is ever stored, split in sequence or used twice.
+ROLLOUT_KEY, SHUFFLE_KEY, EVAL_KEY, CONTROL_KEY = range(4)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+@dataclass(frozen=True)
+class Session:
+    config: Config
+    model: Model
+    tokenizer: Tokenizer
+    train: Layout
+    decode: Layout
+    folder: epath.Path
+
+    @property
+    def dtype(self) -> Any:
+        return DTYPES[self.config.compute_dtype]
+
+    @property
+    def param_dtype(self) -> Any:
+        """Master weights: float32, and float64 in float64 runs."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    def key(self, purpose: int, *numbers: int) -> PRNGKeyArray:
+        """The run's random numbers for a purpose: a function of the seed and the numbers given, nothing else."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+        for number in numbers:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    def sampling(self, stage: StageConfig) -> Sampling:
+        r = stage.rollout
+        return Sampling(
+            max_new_tokens=r.max_new_tokens,
+            end_ids=self.tokenizer.end_ids,
+            temperature=r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            min_p=r.min_p,
+        )
+
+    def forward(self, sampling: Sampling | None) -> Forward:
+        """How training and scoring run rows: at the sampler's temperature, on its support."""
+        return Forward(
+            model=self.model,
+            layout=self.train,
+            dtype=self.dtype,
+            remat=self.config.model.remat,
+            logits_chunk=self.config.model.logits_chunk,
+            temperature=sampling.scoring_temperature if sampling else 1.0,
+            truncates=sampling.truncates if sampling else False,
+        )
+
+    def abstract_policy(self, dtype: Any = None) -> Params:
+        return abstract_params(self.model, self.train, dtype or self.param_dtype)
+
+    def base_params(self) -> Params:
+        """The policy's starting weights, sharded."""
+        c = self.config.model
+        if c.path:
+            return load_params(c.path, self.model, self.train, dtype=self.param_dtype)
+        return init_params(self.model, self.train, c.init_seed, self.param_dtype)
+
+
+def start_devices(config: Config) -> None:
+    """Everything that must be said before JAX touches a device."""
+    if config.compute_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    # On a GPU the same run gives the same bits only with deterministic kernels.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if config.compilation_cache != "off":
+        cache = config.compilation_cache or str(Path.home() / ".cache" / "rljax")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _join_peers(config.distributed)
+
+
+def _join_peers(text: str) -> None:
+    """``host:port,count,index``, or automatic where a TPU slice or Slurm says that there are several processes."""
+    if text:
+        address, count, index = _parse_peers(text)
+        jax.distributed.initialize(address, count, index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def _parse_peers(text: str) -> tuple[str, int, int]:
+    parts = text.split(",")
+    if len(parts) != 3 or ":" not in parts[0] or not parts[1].isdigit() or not parts[2].isdigit():
+        raise ConfigError(
+            f"config.distributed is {text!r}; it is like 10.0.0.1:8476,4,0 (coordinator, processes, index)"
+        )
+    if int(parts[2]) >= int(parts[1]):
+        raise ConfigError(f"config.distributed is {text!r}; the index counts from 0 to {int(parts[1]) - 1}")
+    return parts[0], int(parts[1]), int(parts[2])
+
+
+def open_session(config: Config) -> Session:
+    """Mesh, model shape and tokenizer, checked against each other; no weights yet."""
+    mesh = make_mesh(config.mesh)
+    train = Layout(mesh, TRAIN_RULES)
+    decode = Layout(refactor_mesh(mesh, config.decode_mesh) if config.decode_mesh else mesh, DECODE_RULES)
+    tokenizer = _tokenizer(config)
+    model = _model(config, tokenizer)
+    for layout in (train, decode):
+        check_tensor_degree(model.config, layout.tensor)
+    for name in config.recipe:
+        _check_rows(config.stage(name), train, decode, "config" if name == "main" else f"config.stages.{name}")
+    folder = epath.Path(config.output_dir or f"runs/{config.name}")
+    return Session(config, model.padded_for(train.tensor, decode.tensor), tokenizer, train, decode, folder)
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    t = config.tokenizer
+    kind, _, alphabet = t.path.partition("characters:")
+    if alphabet and not kind:
+        return character_tokenizer(alphabet)
+    return load_tokenizer(
+        t.path or config.model.path,
+        end_tokens=t.end_tokens or None,
+        template=t.template or None,
+        system_prompt=t.system_prompt or None,
+    )
+
+
+def _model(config: Config, tokenizer: Tokenizer) -> Model:
+    if config.model.path:
+        model = load_config(config.model.path)
+    else:
+        architecture = {"vocab_size": tokenizer.vocab_size, **config.model.architecture}
+        if architecture.get("model_type") not in FAMILIES:
+            raise ModelFolderError(
+                f"config.model.architecture.model_type is {architecture.get('model_type')!r}; it is one of {', '.join(FAMILIES)}"
+            )
+        family = FAMILIES[architecture["model_type"]]
+        model = Model(family, family.from_hf(architecture))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ModelFolderError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's embedding {model.config.vocab_size} rows; "
+            "they do not belong together"
+        )
+    return model
+
+
+def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -> None:
+    """Rows must divide over data shards, and groups must not span them."""
+    shards = max(train.data_shards, decode.data_shards)
+    rows = stage.batch.rows or stage.rollout.prompts_per_step * stage.rollout.group_size
+    if not stage.batch.rows and stage.rollout.prompts_per_step % shards:
+        raise MeshError(
+            f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's {shards} data shards"
+        )
+    micro = stage.batch.micro_batch_rows or rows // stage.batch.minibatches
+    if micro % train.data_shards:
+        raise MeshError(
+            f"{where}.batch: micro-batches of {micro} rows do not divide over {train.data_shards} data shards"
+        )

@@ -1,0 +1,91 @@
+"""From a config's names to data sources, rewards and evaluators."""
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from rljax.algos import ALGOS
+from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
+from rljax.data.batches import PromptSource, SupervisedSource
+from rljax.data.rows import GENERATED, Row, load_rows
+from rljax.evaluate import Evaluator
+from rljax.metrics import MetricsWriter
+from rljax.rewards import load_reward
+from rljax.rewards.runner import RewardRunner
+from rljax.session import Session
+
+
+def split_rows(data: DataConfig, split: str) -> list[Row]:
+    """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
+    if split == "train":
+        rows = _load(data, data.train, "train", data.train_rows + (0 if data.dev else data.dev_rows))
+        held_out = 0 if data.dev else data.dev_rows
+        return rows[: len(rows) - held_out]
+    if split == "dev" and not data.dev:
+        if not data.dev_rows:
+            return []
+        return _load(data, data.train, "train", data.train_rows + data.dev_rows)[-data.dev_rows :]
+    source = data.dev if split == "dev" else data.test
+    return _load(data, source, split, data.dev_rows if split == "dev" else data.test_rows) if source else []
+
+
+def _load(data: DataConfig, source: str, split: str, count: int) -> list[Row]:
+    if not source:
+        raise ConfigError("config.data.train is not set: name a file, a folder, a Hub data set or a generated task")
+    options: dict[str, Any] = dict(data.options)
+    if source in GENERATED and count:
+        options["count"] = count
+    return load_rows(source, split, columns=data.columns or None, options=options or None, limit=count or None)
+
+
+def make_source(session: Session, stage: StageConfig) -> PromptSource | SupervisedSource:
+    """A stage's training rows, as prompts for an online algorithm, as text for a supervised one."""
+    rows = split_rows(stage.data, "train")
+    if is_online(stage):
+        return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
+    return SupervisedSource(rows, session.tokenizer, stage.data.row_length, stage.data.seed)
+
+
+def is_online(stage: StageConfig) -> bool:
+    module = next(module for module in ALGOS.values() if isinstance(stage.algo, module.Config))
+    return module.make(stage.algo, group_size=1, max_new_tokens=1).targets is not None
+
+
+def make_runner(config: Config) -> RewardRunner | None:
+    """The main job's rewards, which evaluations use as well; None for a run without rewards."""
+    r = config.reward
+    if not r.names:
+        return None
+    weights = r.weights or (1.0,) * len(r.names)
+    rewards = [(name, load_reward(name), weight) for name, weight in zip(r.names, weights, strict=True)]
+    return RewardRunner(
+        rewards, workers=r.workers, timeout_s=r.timeout_s, failed_value=r.failed_value, processes=r.processes
+    )
+
+
+def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, Evaluator]:
+    """One for each held-out split that the main job has."""
+    if runner is None:
+        return {}
+    data = session.config.data
+    found = {split: split_rows(data, split) for split in ("dev", "test")}
+    return {
+        split: Evaluator(
+            session, PromptSource(rows, session.tokenizer, data.prompt_lengths, data.seed, shuffle=False), runner, split
+        )
+        for split, rows in found.items()
+        if rows
+    }
+
+
+def make_writer(session: Session, folder: epath.Path, total_steps: int) -> MetricsWriter:
+    log = session.config.log
+    return MetricsWriter(
+        folder,
+        is_writer=jax.process_index() == 0,
+        total_steps=total_steps,
+        tensorboard=log.tensorboard,
+        wandb=log.wandb,
+        config=resolved(session.config),
+    )

@@ -28,8 +28,8 @@ _SPELLINGS = [  # applied in this order
     (r"\\(?:emptyset|varnothing)(?![a-zA-Z])|∅", r"\\{\\}"),
     (r"\\leq?(?:slant)?(?![a-zA-Z])|≤", "<="),
     (r"\\geq?(?:slant)?(?![a-zA-Z])|≥", ">="),
-    (r"\\begin\{[bBvV]?matrix\}", r"\\begin{pmatrix}"),
-    (r"\\end\{[bBvV]?matrix\}", r"\\end{pmatrix}"),
+    (r"\\begin\{[bB]?matrix\}", r"\\begin{pmatrix}"),
+    (r"\\end\{[bB]?matrix\}", r"\\end{pmatrix}"),
 ]
 _SPELLING_PATTERNS = [(re.compile(pattern), new) for pattern, new in _SPELLINGS]
 

@@ -14,7 +14,7 @@ from rljax.losses.preferences import PerPair, valid_pairs
 
 
 def simpo(chosen_mean_logprobs: PerPair, rejected_mean_logprobs: PerPair, *, beta: float, gamma: float) -> PerPair:
-    """SimPO: ``−log σ(β(l̄_w − l̄_l) − γ)`` (2405.14734, eq. 6); γ is the margin, not TRL-style γ/β."""
+    """SimPO: ``−log σ(β(l̄_w − l̄_l) − γ)`` (2405.14734, eq. 6); γ is the margin itself, not γ/β."""
     difference = at_least_float32(chosen_mean_logprobs) - at_least_float32(rejected_mean_logprobs)
     return -jax.nn.log_sigmoid(beta * difference - gamma)
 

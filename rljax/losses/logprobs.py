@@ -53,7 +53,8 @@ def truncated_logprobs(
 
 def entropy(logits: Float[Array, "*n v"], temperature: float = 1.0) -> Float[Array, "*n"]:
     """``-Σ_v p_v log p_v`` in nats, over the full vocabulary; logits of -inf count as absent."""
-    return _entropy(at_least_float32(logits) / temperature)
+    scaled = at_least_float32(logits) / temperature
+    return _entropy(scaled, log_normalizer(scaled))
 
 
 def sequence_logprobs(logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
@@ -74,12 +75,13 @@ def _keep(scaled: Array, support: Array, is_token: Array) -> Array:
     return jnp.where((scaled >= support[..., None]) | is_token, scaled, -jnp.inf)
 
 
-def _entropy(scaled: Array) -> Array:
-    shifted = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    finite = jnp.where(jnp.isneginf(shifted), 0, shifted)
-    return jnp.log(total) - jnp.sum(weights * finite, axis=-1) / total
+def _entropy(scaled: Array, normalizer: Array) -> Array:
+    logp = scaled - normalizer[..., None]
+    return -jnp.sum(jnp.exp(logp) * _without_inf(logp), axis=-1)
+
+
+def _without_inf(logp: Array) -> Array:
+    return jnp.where(jnp.isneginf(logp), 0, logp)  # 0 log 0 = 0
 
 
 def chunked_logprobs(
@@ -104,12 +106,9 @@ def chunked_logprobs(
     """
     _check(hidden, head, chunk_size, vocab_size, temperature)
     head = _varying_like(head, hidden)
+    options = _Options(chunk_size, temperature, vocab_size or head.shape[0], support is not None, with_entropy)
     if support is None:
-        support = jnp.full_like(targets, -jnp.inf, dtype=at_least_float32(hidden[:0]).dtype)
-        truncated = False
-    else:
-        truncated = True
-    options = _Options(chunk_size, temperature, vocab_size or head.shape[0], truncated, with_entropy)
+        support = jnp.zeros(targets.shape, jnp.float32)  # not read
     logprobs, entropies = _chunked(options, hidden, head, targets, support)
     return LogprobStats(logprobs, entropies if with_entropy else None)
 
@@ -211,7 +210,7 @@ def _chunked_fwd(options, hidden, head, targets, support):
         is_token = _is_token(scaled, targets_chunk)
         full = log_normalizer(scaled)
         kept = log_normalizer(_keep(scaled, support_chunk, is_token)) if options.truncated else full
-        nats = _entropy(scaled) if options.with_entropy else jnp.zeros_like(full)
+        nats = _entropy(scaled, full) if options.with_entropy else jnp.zeros_like(full)
         return _select(scaled, is_token) - kept, nats, full, kept
 
     split = partial(_split, chunk_size=options.chunk_size)
@@ -233,8 +232,7 @@ def _chunked_bwd(options, saved, cotangents):
         d_scaled = d_logprobs[:, None] * (is_token - jnp.exp(inside - kept[:, None]))
         if options.with_entropy:
             logp = scaled - full[:, None]
-            surprise = jnp.where(jnp.isneginf(logp), 0, logp) + nats[:, None]
-            d_scaled -= d_nats[:, None] * jnp.exp(logp) * surprise
+            d_scaled -= d_nats[:, None] * jnp.exp(logp) * (_without_inf(logp) + nats[:, None])
         d_hidden, d_head_chunk = _product_transposed(d_scaled / options.temperature, hidden_chunk, compute_head)
         return d_head + d_head_chunk, d_hidden
 

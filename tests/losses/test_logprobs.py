@@ -77,40 +77,41 @@ def test_absent_logits_leave_entropy_and_its_gradient_finite():
     assert gradient[3] == 0.0
 
 
+def results_of(function, hidden, head, weights):
+    """Log-probs and entropy, then the gradients of one weighted sum of both."""
+
+    def loss(hidden, head):
+        logprobs, nats = function(hidden, head)
+        return jnp.sum(weights[0] * logprobs + weights[1] * nats), (logprobs, nats)
+
+    gradients, values = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+    return *values, *gradients
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 23, 64])
 @pytest.mark.parametrize("truncated", [False, True])
 def test_chunked_equals_dense_in_float64(chunk_size, truncated):
     with jax.enable_x64(True):
         hidden, head, targets, weights, support = inputs(jnp.float64)
         support = support if truncated else None
-        head = head.at[V:].set(jnp.nan)  # padding rows must not be read
-
-        def loss(function, hidden, head):
-            logprobs, nats = function(hidden, head)
-            return jnp.sum(weights[0] * logprobs + weights[1] * nats)
-
-        expected = partial(dense, targets=targets, temperature=0.7, support=support)
-        options = {"chunk_size": chunk_size, "temperature": 0.7, "vocab_size": V, "support": support}
-        actual = partial(chunked_logprobs, targets=targets, with_entropy=True, **options)
-        head = jnp.where(jnp.isnan(head), 1e3, head)
-        for a, b in zip(actual(hidden, head), expected(hidden, head), strict=True):
+        head = head.at[V:].set(1e3)  # padding must not count
+        options = {"targets": targets, "temperature": 0.7, "vocab_size": V, "support": support}
+        chunked = partial(chunked_logprobs, chunk_size=chunk_size, with_entropy=True, **options)
+        actual = results_of(chunked, hidden, head, weights)
+        for a, b in zip(actual, results_of(partial(dense, **options), hidden, head, weights), strict=True):
             assert a.dtype == jnp.float64
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-        grads = [jax.grad(partial(loss, f), argnums=(0, 1))(hidden, head) for f in (actual, expected)]
-        for a, b in zip(*grads, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
-        assert jnp.abs(grads[0][1][V:]).max() == 0
+        np.testing.assert_array_equal(actual[3][V:], 0.0)
 
 
 def test_chunked_equals_dense_in_float32():
     hidden, head, targets, weights, _ = inputs(jnp.float32)
-    chunked = partial(chunked_logprobs, targets=targets, chunk_size=6, vocab_size=V)
-    np.testing.assert_allclose(chunked(hidden, head).logprobs, dense(hidden, head, targets)[0], rtol=1e-5, atol=1e-6)
-    assert chunked(hidden, head).entropy is None
-    actual = jax.grad(lambda *a: jnp.sum(weights[0] * chunked(*a).logprobs), argnums=(0, 1))(hidden, head)
-    expected = jax.grad(lambda *a: jnp.sum(weights[0] * dense(*a, targets)[0]), argnums=(0, 1))(hidden, head)
-    for a, b in zip(actual, expected, strict=True):
+    chunked = partial(chunked_logprobs, targets=targets, chunk_size=6, vocab_size=V, with_entropy=True)
+    expected = results_of(partial(dense, targets=targets), hidden, head, weights)
+    for a, b in zip(results_of(chunked, hidden, head, weights), expected, strict=True):
+        assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert chunked_logprobs(hidden, head, targets, chunk_size=64).entropy is None
 
 
 def test_dtypes_of_results_and_gradients():
@@ -118,12 +119,12 @@ def test_dtypes_of_results_and_gradients():
     hidden = hidden.astype(jnp.bfloat16)
     function = partial(chunked_logprobs, targets=targets, chunk_size=6)
     assert function(hidden, head).logprobs.dtype == jnp.float32
-    d_hidden, d_head = jax.grad(lambda *a: function(*a).logprobs.sum(), argnums=(0, 1))(hidden, head)
+    gradients = jax.jit(jax.grad(lambda *a: function(*a).logprobs.sum(), argnums=(0, 1)))
+    d_hidden, d_head = gradients(hidden, head)
     assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
     # Rounding the operands to bfloat16 (8 bits) is all that separates it from float32 on the rounded operands.
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head)]
-    expected = jax.grad(lambda *a: function(*a).logprobs.sum(), argnums=(0, 1))(*rounded)
-    for a, b in zip((d_hidden, d_head), expected, strict=True):
+    for a, b in zip((d_hidden, d_head), gradients(*rounded), strict=True):
         assert jnp.linalg.norm(a - b) < 2**-8 * jnp.linalg.norm(b)
 
 
@@ -131,22 +132,15 @@ def pick_and_entropy(logits, targets):
     return token_logprobs(logits, targets), entropy(logits)
 
 
-def test_reducer_equals_chunked_with_gradients():
+def test_reducer_equals_dense_with_gradients():
     with jax.enable_x64(True):
         hidden, head, targets, weights, _ = inputs(jnp.float64)
-
-        def loss(function, hidden, head):
-            logprobs, nats = function(hidden, head)
-            return jnp.sum(weights[0] * logprobs + weights[1] * nats)
 
         def reduced(hidden, head):
             return reduce_logits_in_chunks(hidden, head, pick_and_entropy, (targets,), chunk_size=5, vocab_size=V)
 
-        results = [
-            jax.value_and_grad(partial(loss, f), argnums=(0, 1))(hidden, head)
-            for f in (reduced, partial(dense, targets=targets))
-        ]
-        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        expected = results_of(partial(dense, targets=targets), hidden, head, weights)
+        for a, b in zip(results_of(reduced, hidden, head, weights), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -167,7 +161,7 @@ def test_second_head_inside_a_reducer():
         def direct(other_head):
             return cross_entropy(hidden @ head.T, other_hidden @ other_head.T).sum()
 
-        for a, b in zip(*(jax.value_and_grad(f)(other_head) for f in (reduced, direct)), strict=True):
+        for a, b in zip(*(jax.jit(jax.value_and_grad(f))(other_head) for f in (reduced, direct)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -247,7 +241,7 @@ def test_inside_shard_map_the_head_gradient_is_reduced_once():
         return jnp.sum(stats.logprobs - stats.entropy)
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    for a, b in zip(step(hidden, head), jax.grad(plain, argnums=(0, 1))(hidden, head), strict=True):
+    for a, b in zip(step(hidden, head), jax.jit(jax.grad(plain, argnums=(0, 1)))(hidden, head), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert len(re.findall(r" all-reduce(?:-start)?\(", step.lower(hidden, head).compile().as_text())) == 1
 

@@ -3,8 +3,8 @@
     make quickstart        (or: python -m rljax.main --config configs/quickstart.py)
 
 Hardware: 2 CPU cores, no network, under 4 minutes.
-Expected: held-out exact match (``eval/score``, 512 problems that no training row shares) from 0 over about 0.3 after the
-warm start to 0.9 or more after GRPO.
+Expected: held-out exact match (``eval/score``, 512 problems that no training row shares) from 0 over about 0.3 after
+the warm start to 0.9 or more after GRPO.
 """
 
 from ml_collections import ConfigDict

@@ -20,10 +20,10 @@ class CompileCounter:
         self._seen: set[Hashable] = set()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
             self.count += 1
-            self.seconds += duration
+            self.seconds += duration_secs
 
     def check(self, kind: Hashable, before: int) -> None:
         """After a step that began at ``count`` = ``before``. Raises RecompileError where a known ``kind`` compiled."""

@@ -344,5 +344,6 @@ def _check_stage(stage: StageConfig, where: str) -> None:
         raise ConfigError(f"{where}.batch.minibatches {b.minibatches} does not divide the {rows} rows of a step")
     if b.micro_batch_rows and (rows // b.minibatches) % b.micro_batch_rows:
         raise ConfigError(
-            f"{where}.batch.micro_batch_rows {b.micro_batch_rows} does not divide a minibatch of {rows // b.minibatches} rows"
+            f"{where}.batch.micro_batch_rows {b.micro_batch_rows} does not divide "
+            f"a minibatch of {rows // b.minibatches} rows"
         )

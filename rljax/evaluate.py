@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
+from rljax.data.batches import DataPosition, PromptBatch, PromptSource, repeat_prompts
 from rljax.rewards.estimates import bootstrap_interval, pass_at_k
 from rljax.rewards.runner import RewardRunner
 from rljax.rollouts import Completions, complete
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session
-from rljax.types import Prompts
 
 BOOTSTRAP_SEED = 0
 
@@ -85,19 +84,18 @@ def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-def _filled(prompts: Prompts, rows: int, width: int) -> Prompts:
+def _filled(prompts: PromptBatch, rows: int, width: int) -> PromptBatch:
     """Prompts of one fixed shape: widened on the left, filled up with rows that have no prompt and decode nothing."""
     missing = rows - len(prompts.tokens)
     left = width - prompts.tokens.shape[1]
     grow = ((0, missing), (left, 0))
-    return Prompts(
-        np.pad(prompts.tokens, grow), np.pad(prompts.valid, grow), *(np.pad(x, (0, missing)) for x in prompts[2:])
-    )
+    tokens, valid = (np.pad(x, grow) for x in prompts[:2])
+    return PromptBatch(tokens, valid, *(np.pad(x, (0, missing)) for x in prompts[2:]))
 
 
 def show(batches: list[Completions], count: int) -> list[dict[str, Any]]:
     """The first ``count`` prompts of the split with what was written: the same ones at every evaluation."""
-    shown = []
+    shown: list[dict[str, Any]] = []
     for done in batches:
         for i, sample in done.samples.items():
             if len(shown) < count and (not shown or sample.row is not shown[-1]["_row"]):

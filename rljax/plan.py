@@ -129,5 +129,6 @@ def _check_memory(session: Session, name: str, total: int, owners: dict[str, int
         largest = max(owners, key=lambda owner: owners[owner])
         raise PlanError(
             f"stage {name} needs about {total / 2**30:.1f} GiB a device and there are {limit / 2**30:.1f}; "
-            f"the largest part is {largest} ({owners[largest] / 2**30:.1f} GiB): use more devices, fewer rows a micro-batch or remat"
+            f"the largest part is {largest} ({owners[largest] / 2**30:.1f} GiB): use more devices, fewer rows "
+            "a micro-batch or remat"
         )

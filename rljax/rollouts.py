@@ -1,13 +1,15 @@
-"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all processes."""
+"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
 
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from rljax.data.batches import PromptBatch
 from rljax.rewards.base import Sample
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate
@@ -22,7 +24,7 @@ class Completions(NamedTuple):
     """One rollout program's result, on the devices and on every host, with what the rewards said."""
 
     rollout: Rollout  # global arrays in the training layout
-    host: Rollout  # the same rows as NumPy arrays
+    host: Any  # the same Rollout as NumPy arrays
     rows: list[Row]
     rewards: np.ndarray  # [b]
     correct: np.ndarray  # [b] 1 right, 0 wrong, -1 nobody judges
@@ -46,7 +48,7 @@ def complete(
     session: Session,
     generate: Generate,
     params: Any,
-    prompts: Prompts,
+    prompts: PromptBatch,
     rows: Sequence[Row],
     runner: RewardRunner,
     key: PRNGKeyArray,
@@ -56,11 +58,11 @@ def complete(
     start = time.perf_counter()
     layout = session.train.rows
     placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
-    rollout = jax.block_until_ready(generate(params, placed, key, np.int32(version)))
+    rollout = jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
     host = gather(rollout)
     middle = time.perf_counter()
     mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
-    samples = {int(i): _sample(session, host, rows[i], i) for i in mine}
+    samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
     scored = runner.score(list(samples.values()))
     values = np.zeros((2 + len(runner.names) + 1, len(rows)))
     values[0, mine] = scored.values
@@ -85,7 +87,7 @@ def complete(
     )
 
 
-def _sample(session: Session, host: Rollout, row: Row, i: int) -> Sample:
+def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
     prompt = host.tokens[i][host.valid[i] & ~host.loss_mask[i]]
     completion = host.tokens[i][host.loss_mask[i]]
     return Sample(

@@ -156,14 +156,15 @@ def _model(config: Config, tokenizer: Tokenizer) -> Model:
         architecture = {"vocab_size": tokenizer.vocab_size, **config.model.architecture}
         if architecture.get("model_type") not in FAMILIES:
             raise ModelFolderError(
-                f"config.model.architecture.model_type is {architecture.get('model_type')!r}; it is one of {', '.join(FAMILIES)}"
+                f"config.model.architecture.model_type is {architecture.get('model_type')!r}; "
+                f"it is one of {', '.join(FAMILIES)}"
             )
         family = FAMILIES[architecture["model_type"]]
         model = Model(family, family.from_hf(architecture))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ModelFolderError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's embedding {model.config.vocab_size} rows; "
-            "they do not belong together"
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1} and the model's embedding "
+            f"{model.config.vocab_size} rows; they do not belong together"
         )
     return model
 
@@ -174,7 +175,8 @@ def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -
     rows = stage.batch.rows or stage.rollout.prompts_per_step * stage.rollout.group_size
     if not stage.batch.rows and stage.rollout.prompts_per_step % shards:
         raise MeshError(
-            f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's {shards} data shards"
+            f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's "
+            f"{shards} data shards"
         )
     micro = stage.batch.micro_batch_rows or rows // stage.batch.minibatches
     if micro % train.data_shards:

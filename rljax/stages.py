@@ -14,7 +14,7 @@ import optax
 from rljax.algos import ALGOS
 from rljax.algos.base import Algorithm
 from rljax.config import StageConfig
-from rljax.data.batches import DataPosition, PromptSource, SupervisedSource, repeat_prompts
+from rljax.data.batches import DataPosition, PromptBatch, PromptSource, SupervisedSource, repeat_prompts
 from rljax.models.decoder import Params
 from rljax.models.params import param_shardings
 from rljax.optim import make_optimizer, make_schedule, state_shardings
@@ -33,7 +33,7 @@ from rljax.steps import (
     make_score,
     make_update,
 )
-from rljax.types import Experience, Prompts, Rollout
+from rljax.types import Experience, Rollout
 
 
 class StepResult(NamedTuple):
@@ -53,9 +53,9 @@ class Stage:
     algorithm: Algorithm
     optimizer: optax.GradientTransformation
     forward: Forward
-    source: PromptSource | SupervisedSource
+    source: Any  # PromptSource or SupervisedSource
     runner: RewardRunner | None
-    generate: Generate | None
+    generate: Generate | None  # None where nothing is sampled, as are source's prompts and runner
     divergence: Callable
     reference: Params | None = None
     last_head_from: int = 1
@@ -76,7 +76,7 @@ class Stage:
         return self.config.steps * self.config.batch.epochs * self.config.batch.minibatches
 
     def learning_rate(self, step: int) -> float:
-        return float(make_schedule(self.config.optim, max(self.optimizer_steps, 1))(np.int32(step)))
+        return float(make_schedule(self.config.optim, max(self.optimizer_steps, 1))(step))
 
     def start(self, params: Params) -> TrainState:
         """A state at optimizer step 0 that takes over ``params``: they are donated later on."""
@@ -136,6 +136,7 @@ class Stage:
             if kind == "score":
                 self._programs[key] = make_score(self.forward, head_from, self.rows_per_step // micro_rows)
             elif kind == "targets":
+                assert self.algorithm.targets is not None  # an online stage
                 self._programs[key] = jax.jit(self.algorithm.targets)
             else:
                 plan = UpdatePlan(
@@ -261,11 +262,15 @@ def _update(
 def collect(
     stage: Stage, state: TrainState, position: DataPosition, step: int
 ) -> tuple[Completions, DataPosition, dict[str, float]]:
-    """Completions of one step. With ``keep_groups`` "mixed", rounds go on until enough groups are neither all right nor
-    all wrong or ``max_rounds`` is reached; surplus groups count as consumed, missing ones are filled with masked rows."""
+    """Completions of one step, in one round of prompts, or with ``keep_groups`` "mixed" in several.
+
+    Rounds go on until enough groups are neither all right nor all wrong or ``max_rounds`` is reached. Surplus groups
+    count as consumed; missing ones are filled with groups whose rows are masked.
+    """
     r = stage.config.rollout
     mixed = r.keep_groups == "mixed"
-    rounds, kept = [], []
+    rounds: list[Completions] = []
+    kept: list[tuple[int, int]] = []  # (round, group)
     for number in range(r.max_rounds if mixed else 1):
         rows, prompts, position = stage.source.take(position, r.prompts_per_step)
         prompts = repeat_prompts(prompts, r.group_size)
@@ -273,6 +278,7 @@ def collect(
         if mixed:
             prompts = _widened(prompts, stage.source.prompt_lengths[-1])
         key = stage.session.key(ROLLOUT_KEY, stage.number, step, number)
+        assert stage.generate is not None and stage.runner is not None  # an online stage
         done = complete(
             stage.session, stage.generate, state.params["policy"], prompts, rows, stage.runner, key, int(state.step)
         )
@@ -280,7 +286,7 @@ def collect(
             return done, position, {}
         scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
         rounds.append(done)
-        kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1))]
+        kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]
         if len(kept) >= r.prompts_per_step:
             break
     drawn = len(rounds) * r.prompts_per_step
@@ -288,7 +294,7 @@ def collect(
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
 
 
-def _widened(prompts: Prompts, width: int) -> Prompts:
+def _widened(prompts: PromptBatch, width: int) -> PromptBatch:
     grow = ((0, 0), (width - prompts.tokens.shape[1], 0))
     return prompts._replace(tokens=np.pad(prompts.tokens, grow), valid=np.pad(prompts.valid, grow))
 
@@ -302,14 +308,14 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     def pick(*arrays: np.ndarray) -> np.ndarray:
         return np.stack([arrays[n][i] for n, i in picks])
 
-    host = Rollout(*(pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)))
+    host: Any = Rollout(*(pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)))
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
     first = rounds[0]
     where = {pair: k for k, pair in enumerate(picks[: len(kept) * size])}
     mine = [(n, i, where[n, i]) for n, done in enumerate(rounds) for i in done.samples if (n, i) in where]
     return Completions(
-        rollout=Rollout(*(to_global(leaf, layout) for leaf in host)),
+        rollout=jax.tree.map(lambda leaf: to_global(leaf, layout), host),
         host=host,
         rows=[rounds[n].rows[i] for n, i in picks],
         rewards=pick(*(done.rewards for done in rounds)),

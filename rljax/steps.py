@@ -62,7 +62,7 @@ class Forward:
         )
         logprobs, entropy = head_pass(head_table(params), hidden[:, head_from - 1 : -1], tokens[:, head_from:], support)
         pad = partial(jnp.pad, pad_width=((0, 0), (head_from, 0)))
-        return Outputs(pad(logprobs), pad(entropy) if with_entropy else None)
+        return Outputs(pad(logprobs), None if entropy is None else pad(entropy))
 
     def _head_pass(
         self, with_entropy: bool, table: Array, hidden: Array, targets: Array, support: Array | None
@@ -78,11 +78,11 @@ class Forward:
             support=None if support is None else support.reshape(-1),
             with_entropy=with_entropy,
         )
-        return stats.logprobs.reshape(b, t), stats.entropy.reshape(b, t) if with_entropy else None
+        return stats.logprobs.reshape(b, t), None if stats.entropy is None else stats.entropy.reshape(b, t)
 
 
 def cut_rows(tree: PyTree, pieces: int, layout: Layout) -> PyTree:
-    """[rows, ...] to [pieces, rows / pieces, ...]; every piece takes its share from each data shard, so nothing moves."""
+    """[rows, ...] to [pieces, rows / pieces, ...]; each piece takes its share from every data shard: nothing moves."""
     shards = layout.data_shards
 
     def cut(x: Array) -> Array:
@@ -207,7 +207,7 @@ def _accumulate(
     minibatch: Batch,
     denominators: dict[str, Array],
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
-    """Gradients, and metrics that add or take the largest, summed over micro-batches: each divides by whole-step counts."""
+    """Gradients, metrics that add and metrics that take the largest, over the micro-batches of one step."""
 
     def loss(params: dict[str, Params], rows: Batch) -> tuple[Array, tuple[dict, dict]]:
         with_entropy = "entropy" in algorithm.needs
@@ -238,7 +238,7 @@ def _accumulate(
 
 
 def _diagnostics(logprobs: Array, rows: Batch) -> tuple[dict[str, Term], dict[str, Array]]:
-    """How far the current policy is from the one that sampled: what a researcher looks at first when a run goes wrong."""
+    """How far the policy is from the one that sampled: the first place to look when a run goes wrong."""
     if "behavior_logprobs" not in rows:
         return {}, {}
     mask: Bool[Array, "b t"] = rows["loss_mask"]
@@ -255,7 +255,7 @@ def _diagnostics(logprobs: Array, rows: Batch) -> tuple[dict[str, Term], dict[st
 
 
 def make_divergence(layout: Layout) -> Callable[[Array, Array, Array], dict[str, Array]]:
-    """``divergence(behavior, reference, mask)``: KL of the sampler to the reference (k1 on its own samples), in nats."""
+    """``divergence(behavior, reference, mask)``: KL of the sampler to the reference (k1, its own samples), in nats."""
 
     def divergence(behavior: Array, reference: Array, mask: Array) -> dict[str, Array]:
         gap = masked_sum(behavior - reference, mask)

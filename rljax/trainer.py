@@ -38,7 +38,7 @@ class Progress:
     step: int = 0  # loop steps over all stages
     stage: int = 0
     stage_step: int = 0
-    data: DataPosition = DataPosition()
+    data: DataPosition = field(default_factory=DataPosition)
     bad_steps: int = 0  # skipped in a row
     prompts: int = 0
     episodes: int = 0
@@ -121,7 +121,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         versions(seed=config.seed, command=command),
         identity_keys=IDENTITY_KEYS,
         process_index=jax.process_index(),
-        gather=lambda number: agree(np.int64(number), lambda stacked: stacked).tolist(),
+        gather=lambda number: agree(np.asarray(number), lambda stacked: stacked).tolist(),
     )
     with ExitStack() as stack:
         if runner is not None:
@@ -265,7 +265,8 @@ def _apply_limits(run: Run, metrics: dict[str, float]) -> None:
     limits = run.config.limits
     if limits.bad_steps and run.progress.bad_steps >= limits.bad_steps:
         raise RunStopped(
-            f"{run.progress.bad_steps} steps in a row had a loss or a gradient that is not finite (config.limits.bad_steps); "
+            f"{run.progress.bad_steps} steps in a row had a loss or a gradient that is not finite "
+            "(config.limits.bad_steps); "
             "lower the learning rate or look at train/grad_norm and train/max_log_ratio before it began"
         )
     rules = (

@@ -1,4 +1,4 @@
-"""The door of an algorithm: a NamedTuple of pure functions of arrays, after optax. It knows no model, mesh or tokenizer."""
+"""The door of an algorithm: pure functions of arrays in a NamedTuple. It knows no model, mesh or tokenizer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""GRPO and what is made of the same pieces: DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), Lite PPO (2508.08221)."""
+"""GRPO (2402.03300) and what is made of its pieces: Dr. GRPO (2503.20783), DAPO (2503.14476), Lite PPO (2508.08221)."""
 
 from dataclasses import dataclass
 
@@ -64,6 +64,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             "advantages": jnp.broadcast_to(advantages[:, None], mask.shape),
         }
         if config.kl_coef:
+            assert experience.ref_logprobs is not None  # it is in needs
             batch["ref_logprobs"] = experience.ref_logprobs
         return moments, jax.lax.stop_gradient(batch)
 
@@ -71,6 +72,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         return batch, {"aggregated": aggregation.denominator(batch["loss_mask"])}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        assert outputs.entropy is not None  # it is in needs
         mask, advantages, old = batch["loss_mask"], batch["advantages"], batch["behavior_logprobs"]
         surrogate = clipped_surrogate(outputs.logprobs, old, advantages, config.clip_low, config.clip_high)
         if config.dual_clip:
@@ -99,4 +101,8 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
 
 
 def _aggregation(name: str, max_new_tokens: int) -> Aggregation:
-    return constant_length(max_new_tokens) if name == "constant_length" else AGGREGATIONS[name]
+    if name == "constant_length":
+        return constant_length(max_new_tokens)
+    chosen = AGGREGATIONS[name]
+    assert isinstance(chosen, Aggregation)
+    return chosen

@@ -1,7 +1,8 @@
 """Hugging Face folders to parameters: one tensor at a time, each process reading only the slices that it holds."""
 
 import os
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,23 +68,24 @@ def _load_leaf(leaf: Leaf, stored: dict[str, Stored], sharding: NamedSharding, d
         rows = model.config.padded_vocab if len(leaf.shape) == 2 else leaf.shape[0]
         return _read_layer(leaf, stored[leaf.names[0]], leaf.names[0], (rows, *leaf.shape[1:]), sharding, dtype)
     layer_sharding = NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
-    stack = _zeros((len(leaf.names), *leaf.shape), dtype, sharding)
+    begin, write = _stack_programs((len(leaf.names), *leaf.shape), dtype, sharding)
+    stack = begin()
     for index, name in enumerate(leaf.names):
         layer = _read_layer(leaf, stored[name], name, leaf.shape, layer_sharding, dtype)
         # Waiting keeps the next tensor off the host until this one is in place.
-        stack = jax.block_until_ready(_write(stack, layer, index, sharding))
+        stack = jax.block_until_ready(write(stack, layer, index))
     return stack
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+@cache
+def _stack_programs(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> tuple[Callable, Callable]:
+    """Make a stack of layers, and write one of them in place; leaves of one shape share them."""
 
+    def write(stack: Array, layer: Array, index: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
-@partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(stack: Array, layer: Array, index: int, sharding: NamedSharding) -> Array:
-    written = jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
-    return jax.lax.with_sharding_constraint(written, sharding)
+    begin = partial(jnp.zeros, shape, dtype)
+    return jax.jit(begin, out_shardings=sharding), jax.jit(write, out_shardings=sharding, donate_argnums=0)
 
 
 def _read_layer(

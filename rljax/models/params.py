@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from rljax.models.decoder import Model, Params
@@ -58,23 +59,24 @@ def init_params(model: Model, layout: Layout, seed: int, dtype: Any = jnp.float3
     """Random weights, born sharded. The values depend on the seed and the declaration alone, not on mesh or padding."""
     leaves, tree = jax.tree.flatten(declare(model), is_leaf=_is_param)
     key, c = jax.random.key(seed), model.config
-    return jax.tree.unflatten(
-        tree,
-        [
-            _init_leaf(jax.random.fold_in(key, index), c.init_std, p, c.vocab_size, dtype, layout)
-            for index, p in enumerate(leaves)
-        ],
-    )
+    made = [
+        _leaf_program(p, c.vocab_size, dtype, layout.sharding(p.axes, p.shape))(jax.random.fold_in(key, i), c.init_std)
+        for i, p in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, made)
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _init_leaf(key: Array, std: float, p: Param, vocab_size: int, dtype: Any, layout: Layout) -> Array:
-    """A program per shape, which leaves and models of that shape share."""
-    if p.init == "normal":
+@cache
+def _leaf_program(p: Param, vocab_size: int, dtype: Any, sharding: NamedSharding) -> Callable[[Array, float], Array]:
+    """One for each shape, which leaves and models of that shape share."""
+
+    def make(key: Array, std: float) -> Array:
+        if p.init != "normal":
+            return jnp.full(p.shape, {"ones": 1.0, "zeros": 0.0}[p.init], dtype)
         # float32 draws whatever the dtype, so that float64 tests and float32 runs start from the same weights.
         values = std * jax.random.normal(key, p.shape, jnp.float32)
         if p.axes[0] == "vocab":
             values = jnp.where(jnp.arange(p.shape[0])[:, None] < vocab_size, values, 0)
-    else:
-        values = jnp.full(p.shape, {"ones": 1.0, "zeros": 0.0}[p.init])
-    return jax.lax.with_sharding_constraint(values.astype(dtype), layout.sharding(p.axes, p.shape))
+        return values.astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)

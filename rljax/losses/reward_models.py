@@ -39,7 +39,8 @@ def bradley_terry_loss(
     """``bradley_terry`` plus ``c · centering_penalty``, mean over the pairs kept (2203.02155, eq. 1)."""
     mask = jnp.ones(chosen_rewards.shape, bool) if pair_mask is None else pair_mask
     chosen, rejected = zero_masked(mask, chosen_rewards, rejected_rewards)
-    losses = bradley_terry(chosen, rejected, margin) + centering_coef * centering_penalty(chosen, rejected)
+    pairs = bradley_terry(chosen, rejected, jnp.where(mask, margin, 0))
+    losses = pairs + centering_coef * centering_penalty(chosen, rejected)
     return masked_mean(losses, mask)
 
 

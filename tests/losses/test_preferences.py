@@ -161,6 +161,9 @@ def token_batch():
 def test_dpo_loss_by_hand_with_an_empty_side():
     # Pair 0: r_w = -3 + 4 = 1, r_l = -2 + 1 = -1, βΔ = 1. Pair 1: r_w = 1, r_l = 0, βΔ = .5. Pair 2 is not counted.
     np.testing.assert_allclose(dpo_loss(*token_batch(), beta=0.5), (0.3132617 + 0.4740770) / 2, rtol=1e-6)
+    # 90 % of that plus 10 % of -log σ(-1) and -log σ(-.5).
+    smoothed = dpo_loss(*token_batch(), beta=0.5, pairwise=partial(cdpo, label_smoothing=0.1))
+    np.testing.assert_allclose(smoothed, (0.9 * (0.3132617 + 0.4740770) + 0.1 * (1.3132617 + 0.9740770)) / 2, rtol=1e-6)
     # Means: pair 0 r_w = 1/2, r_l = -1, Δ = 1.5; pair 1 Δ = 1. IPO at β = .5: (1.5 - 1)^2 and (1 - 1)^2.
     np.testing.assert_allclose(dpo_loss(*token_batch(), beta=0.5, pairwise=ipo, average=True), 0.125, rtol=1e-6)
 

@@ -52,7 +52,11 @@ def test_bradley_terry_loss_by_hand_with_a_masked_pair():
     np.testing.assert_allclose(value, (0.3132617 + 0.9 + 0.6931472 + 0.4) / 2, rtol=1e-6)
     # ½ (-σ(-1) + .2 * 3), ½ (-½ + .2 * 2)
     np.testing.assert_allclose(grad, [(-0.2689414 + 0.6) / 2, -0.05, 0], rtol=1e-5)
-    np.testing.assert_allclose(bradley_terry_loss(chosen[:2], rejected[:2], margin=2.0), 1.7200949, rtol=1e-6)
+    # margins 2 and 0: (-log σ(-1) - log σ(0)) / 2; the masked pair has none.
+    margin = jnp.array([2.0, 0.0, jnp.nan])
+    value, grad = jax.value_and_grad(lambda r: bradley_terry_loss(r, rejected, mask, margin=margin))(chosen)
+    np.testing.assert_allclose(value, (1.3132617 + 0.6931472) / 2, rtol=1e-6)
+    np.testing.assert_allclose(grad, [-0.7310586 / 2, -0.25, 0], rtol=1e-6)
     assert bradley_terry_loss(chosen, rejected, jnp.zeros(3, bool)) == 0
 
 

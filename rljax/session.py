@@ -1,6 +1,7 @@
 """What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,9 @@ def _parse_peers(text: str) -> tuple[str, int, int]:
     return parts[0], int(parts[1]), int(parts[2])
 
 
-def open_session(config: Config) -> Session:
-    """Mesh, model shape and tokenizer, checked against each other; no weights yet."""
-    mesh = make_mesh(config.mesh)
+def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:
+    """Mesh (over all devices unless some are given), model shape and tokenizer, checked; no weights yet."""
+    mesh = make_mesh(config.mesh, devices)
     train = Layout(mesh, TRAIN_RULES)
     decode = Layout(refactor_mesh(mesh, config.decode_mesh) if config.decode_mesh else mesh, DECODE_RULES)
     tokenizer = _tokenizer(config)

@@ -1,0 +1,292 @@
+"""The skeleton: padding, packing, chunks, remat, dtypes, one compilation, and a use for every field of a config."""
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.models import FAMILIES
+from rljax.models.attention import attention, full_attend
+from rljax.models.decoder import REMAT_POLICIES, Model, Params, hidden_states, row_positions
+from rljax.models.hf_config import ModelFolderError
+from rljax.models.layers import RopeScaling, contract, dot
+from rljax.models.params import declare, init_params, map_params
+from tests.models.tiny import TINY, layout, left_padded, random_tokens, row_logits, tiny_model
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return init_params(tiny_model("qwen2"), layout(), seed=0)
+
+
+def hidden(
+    model: Model,
+    params: Params,
+    tokens: Any,
+    segments: Any,
+    positions: Any,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> jax.Array:
+    return hidden_states(model, layout(), params, tokens, segments, positions, dtype=dtype, remat=remat)
+
+
+def with_fields(model: Model, **changes: Any) -> Model:
+    return model._replace(config=dataclasses.replace(model.config, **changes))
+
+
+def test_left_padding_of_any_amount_changes_nothing(params: Params) -> None:
+    """Row i holds the same five tokens behind i columns of other tokens that are marked as padding."""
+    rows = LENGTH - 5
+    tokens, valid = random_tokens(83, rows, LENGTH, seed=1), np.zeros((rows, LENGTH), bool)
+    for i in range(rows):
+        tokens[i, i : i + 5] = random_tokens(83, 1, 5)
+        valid[i, i : i + 5] = True
+    out = row_logits(tiny_model("qwen2"), layout(), params, tokens, valid)[valid].reshape(rows, 5, 83)
+    np.testing.assert_allclose(out, out[:1].repeat(rows, 0), rtol=0, atol=1e-5)
+    assert np.abs(out).max() > 1
+
+
+def test_row_positions_count_real_tokens() -> None:
+    valid = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], bool)
+    np.testing.assert_array_equal(row_positions(valid), [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_segments_are_separate_rows(params: Params, window: int | None) -> None:
+    model = with_fields(tiny_model("qwen2"), sliding_window=window)
+    tokens = random_tokens(83, 1, LENGTH)
+    segments = np.array([[1] * 4 + [2] * 7 + [3] * 3 + [0] * 2])
+    positions = np.concatenate([np.arange(4), np.arange(7), np.arange(3), np.zeros(2)]).astype(np.int32)[None]
+    run = jax.jit(hidden, static_argnums=0)
+    packed = run(model, params, tokens, segments, positions)
+    for part, (start, stop) in enumerate([(0, 4), (4, 11), (11, 14)]):
+        alone = np.zeros((1, LENGTH), np.int32)
+        alone[:, : stop - start] = tokens[:, start:stop]
+        valid = np.arange(LENGTH)[None] < stop - start
+        separate = run(model, params, alone, valid.astype(int), np.arange(LENGTH, dtype=np.int32)[None])
+        np.testing.assert_allclose(
+            packed[:, start:stop], separate[:, : stop - start], rtol=0, atol=1e-5, err_msg=f"part {part}"
+        )
+
+
+@pytest.mark.parametrize("window", [4, 5])
+def test_the_window_ends_where_it_says(params: Params, window: int) -> None:
+    """Three layers of window w reach 3 (w - 1) columns back."""
+    model = with_fields(tiny_model("qwen2"), sliding_window=window)
+    tokens = random_tokens(83, 2, LENGTH)
+    tokens[1] = tokens[0]
+    tokens[1, 0] = (tokens[0, 0] + 1) % 83
+    out = row_logits(model, layout(), params, tokens, np.ones(tokens.shape, bool))
+    changed = (out[0] != out[1]).any(axis=-1)
+    reach = 3 * (window - 1)
+    assert changed[: reach + 1].all() and not changed[reach + 1 :].any()
+
+
+def test_attention_in_chunks_of_queries_is_attention() -> None:
+    """Also where the chunk does not divide the row: 6 of 16."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, LENGTH, heads, 8)) for key, heads in zip(keys, (8, 2, 2), strict=True))
+    valid = jnp.asarray(left_padded([16, 11], LENGTH))
+
+    def run(chunk: int) -> list[jax.Array]:
+        attend = full_attend(row_positions(valid), valid.astype(int), 7, layout(), 0.35, chunk=chunk)
+
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(valid[..., None, None], jnp.sin(attend(q, k, v, None, 0)[0]), 0))
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v))
+
+    whole = run(LENGTH)
+    for chunk in (4, 6):
+        for mine, expected in zip(run(chunk), whole, strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_by_hand() -> None:
+    """Query heads 0 and 1 read kv head 0. Scores ln 3 and 0 give weights 3/4 and 1/4; the unseen key has none."""
+    q = jnp.full((1, 1, 2, 1), jnp.log(3.0))
+    k = jnp.array([1.0, 0.0, 100.0]).reshape(1, 1, 3, 1)
+    v = jnp.array([4.0, 8.0, jnp.finfo(jnp.float32).max]).reshape(1, 1, 3, 1)
+    out = attention(q, k, v, jnp.array([[[True, True, False]]]), scale=1.0)
+    np.testing.assert_allclose(out, np.full((1, 1, 2, 1), 5.0), rtol=1e-6)
+    assert np.isfinite(attention(q, k, v / 1e9, jnp.zeros((1, 1, 3), bool), scale=1.0)).all()
+
+
+def test_remat_policies_give_one_gradient(params: Params) -> None:
+    tokens, valid = random_tokens(83, 2, LENGTH), left_padded([16, 9], LENGTH)
+    positions = row_positions(jnp.asarray(valid))
+
+    def gradient(remat: str) -> tuple[jax.Array, Params]:
+        def total(params: Params) -> jax.Array:
+            out = hidden(tiny_model("qwen2"), params, tokens, valid.astype(int), positions, remat=remat)
+            return jnp.sum(jnp.where(valid[..., None], jnp.sin(out), 0))
+
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    expected = gradient("none")
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected[1]["layers"]))
+    for remat in set(REMAT_POLICIES) - {"none"}:
+        for mine, leaf in zip(jax.tree.leaves(gradient(remat)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(mine, leaf, rtol=1e-5, atol=1e-5 * np.abs(leaf).max())
+
+
+def test_no_product_of_mixed_dtypes_in_either_direction(params: Params) -> None:
+    """Read from the lowered program: bfloat16 compute on float32 weights, forward and backward."""
+    tokens = jnp.zeros((2, LENGTH), int)
+
+    def total(params: Params) -> jax.Array:
+        return hidden(tiny_model("qwen2"), params, tokens, tokens + 1, tokens, jnp.bfloat16).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total)).lower(params).as_text()
+    types = re.findall(
+        r"stablehlo\.dot_general.*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\) -> tensor<[\dx]*(\w+)>", text
+    )
+    assert len(types) == text.count("stablehlo.dot_general") >= 3 * 9  # 7 weights and 2 products of attention
+    assert set(types) == {("bf16", "bf16", "f32")}
+    gradient = jax.eval_shape(jax.grad(total), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("contracted", [1, 2])
+def test_dot_and_its_derivative(contracted: int) -> None:
+    shapes = {1: ((2, 3, 4), (4, 5, 6)), 2: ((2, 3, 4, 5), (4, 5, 6))}[contracted]
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+
+    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, w, contracted, precision="highest")
+
+    np.testing.assert_allclose(dot(x, w, contracted), plain(x, w), rtol=1e-5, atol=1e-6)
+    mine, expected = (
+        jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), argnums=(0, 1))(x, w)
+        for f in (lambda x, w: dot(x, w, contracted), plain)
+    )
+    for a, b in zip(mine, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_float32_master_gets_a_float32_gradient() -> None:
+    """1 + 2^-12 summed 256 times: bfloat16 has 8 bits and would lose the fraction."""
+    x = jnp.ones((256, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda w: contract("bi,io->bo", x, w, jnp.float32)[:255].sum())(jnp.ones((1, 1), jnp.float32))
+    assert gradient.dtype == jnp.float32 and gradient.item() == 255.0
+
+
+def test_layers_are_compiled_once_and_so_is_the_program(params: Params) -> None:
+    def program(layers: int) -> str:
+        model = tiny_model("qwen2", num_hidden_layers=layers)
+        shapes = jax.eval_shape(lambda: init_params(model, layout(), seed=0))
+        tokens = jnp.zeros((2, LENGTH), int)
+        return jax.jit(hidden, static_argnums=0).lower(model, shapes, tokens, tokens, tokens).as_text()
+
+    assert program(3).count("stablehlo.dot_general") == program(30).count("stablehlo.dot_general") == 9
+
+    def call(model: Model, *arrays: Any) -> jax.Array:  # a function of this test, whose cache nobody else fills
+        return hidden(model, *arrays)
+
+    run = jax.jit(call, static_argnums=0)
+    positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
+    for seed in range(3):
+        tokens = random_tokens(83, 2, LENGTH, seed)
+        run(tiny_model("qwen2"), params, tokens, np.ones_like(tokens), positions)
+    assert run._cache_size() == 1
+
+
+CHANGES = {
+    "vocab_size": 79,
+    "width": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "ffn_width": 56,
+    "norm_eps": 1e-2,
+    "rope_theta": 500.0,
+    "rope_scaling": RopeScaling(kind="linear", factor=3.0),
+    "max_positions": 128,
+    "tied_embeddings": True,
+    "init_std": 0.3,
+    "sliding_window": 3,
+    "vocab_multiple": 256,
+}
+# Where a change does not show in the logits of given weights.
+SILENT = {"max_positions", "init_std", "vocab_multiple"}
+
+
+def _logits_and_export(model: Model) -> tuple[np.ndarray, dict[str, Any]]:
+    seeds = itertools.count()  # one for each leaf, so that rows of padding do not shift the next leaf's draws
+    params = map_params(
+        lambda p: np.random.default_rng(next(seeds)).normal(size=p.shape).astype(np.float32), declare(model)
+    )
+    tokens = random_tokens(79, 1, 8)
+    return row_logits(model, layout(), params, tokens, np.ones(tokens.shape, bool)), model.family.to_hf(model.config)
+
+
+def test_every_field_of_a_config_is_read() -> None:
+    """A changed field changes what is computed, and what is exported if it is a constant of the model."""
+    model = tiny_model("mistral")
+    for family in FAMILIES.values():
+        fields = {field.name for field in dataclasses.fields(family.Config)}
+        assert fields == set(CHANGES), "a new field needs a line in CHANGES"
+    logits, exported = _logits_and_export(model)
+    for name, value in CHANGES.items():
+        assert value != vars(model.config)[name]
+        changed, written = _logits_and_export(with_fields(model, **{name: value}))
+        assert np.array_equal(changed, logits) == (name in SILENT), name
+        assert (written == exported) == (name == "vocab_multiple"), name
+    assert declare(with_fields(model, vocab_multiple=256))["embed"].shape == (256, 32)
+    wide = init_params(with_fields(model, init_std=0.3), layout(), seed=0)["embed"]
+    np.testing.assert_allclose(wide, 1.5 * init_params(model, layout(), seed=0)["embed"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_survives_the_way_out_and_back(family: str) -> None:
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    for changes in ({}, {"rope_scaling": scaling}, {"rope_scaling": {"type": "linear", "factor": 2.0}}):
+        model = tiny_model(family, **changes)
+        again = model.family.to_hf(model.config)
+        assert again["model_type"] == family
+        assert model.family.from_hf(again) == model.config
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias = True is not supported for llama"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs the key 'low_freq_factor'"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"rms_norm_eps": None}, "the key 'rms_norm_eps' is missing"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"head_dim": None}, "'head_dim' is missing"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(family: str, changes: dict, message: str) -> None:
+    with pytest.raises(ModelFolderError, match=message):
+        tiny_model(family, **changes)
+
+
+def test_mistral_must_say_its_window() -> None:
+    unsaid = {key: value for key, value in TINY.items() if key != "sliding_window"}
+    with pytest.raises(ModelFolderError, match="null means no window"):
+        FAMILIES["mistral"].from_hf({"model_type": "mistral", **unsaid})
+
+
+def test_llama2_does_not_say_its_theta() -> None:
+    unsaid = {key: value for key, value in TINY.items() if key != "rope_theta"}
+    assert FAMILIES["llama"].from_hf({"model_type": "llama", **unsaid}).rope_theta == 10_000

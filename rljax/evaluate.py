@@ -1,5 +1,6 @@
 """Scores on held-out prompts, with the training sampler and the training rewards."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from rljax.rewards.runner import RewardRunner
 from rljax.rollouts import Completions, complete
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session
+from rljax.sharding import agree_text
 
 BOOTSTRAP_SEED = 0
 
@@ -97,14 +99,20 @@ def show(batches: list[Completions], count: int) -> list[dict[str, Any]]:
     """The first ``count`` prompts of the split with what was written: the same ones at every evaluation."""
     shown: list[dict[str, Any]] = []
     for done in batches:
-        for i, sample in done.samples.items():
-            if len(shown) < count and (not shown or sample.row is not shown[-1]["_row"]):
-                shown.append({**sample_record(done, i), "_row": sample.row})
-    return [{k: v for k, v in record.items() if k != "_row"} for record in shown]
+        first_samples = np.flatnonzero((done.host.sample_id == 0) & done.host.valid.any(axis=1))
+        shown += sample_records(done, first_samples[: count - len(shown)].tolist())
+    return shown
+
+
+def sample_records(done: Completions, chosen: list[int]) -> list[dict[str, Any]]:
+    """The chosen rows as lines of samples.jsonl, each from the process that owns it; every process calls it."""
+    mine = {i: sample_record(done, i) for i in chosen if i in done.samples}
+    records = {int(i): record for text in agree_text(json.dumps(mine)) for i, record in json.loads(text).items()}
+    return [records[i] for i in chosen]
 
 
 def sample_record(done: Completions, i: int) -> dict[str, Any]:
-    """One completion as a line of samples.jsonl."""
+    """One of this process's completions as a line of samples.jsonl."""
     sample = done.samples[i]
     return {
         "prompt_id": int(done.host.prompt_id[i]),

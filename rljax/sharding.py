@@ -163,11 +163,23 @@ def owned_rows(sharding: NamedSharding, rows: int, process_index: int) -> np.nda
 
 def agree(value: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The same value on every process: ``reduce`` over their stacked values. Costs nothing without peers."""
+    value = np.asarray(value)
     if jax.process_count() == 1:
-        return reduce(np.asarray(value)[None])
+        return reduce(value[None])
     from jax.experimental import multihost_utils
 
-    return reduce(np.asarray(multihost_utils.process_allgather(np.asarray(value))))
+    # As bytes: JAX would round float64 to float32.
+    stacked = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
+    return reduce(np.asarray(stacked).view(value.dtype).reshape(-1, *value.shape))
+
+
+def agree_text(text: str) -> list[str]:
+    """Every process's text, in their order, on every process."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = agree(np.asarray(data.size), lambda stacked: stacked)
+    width = 1 << int(sizes.max()).bit_length()  # few widths: each is a program
+    stacked = agree(np.pad(data, (0, width - data.size)), lambda stacked: stacked)
+    return [row[:size].tobytes().decode() for row, size in zip(stacked, sizes, strict=True)]
 
 
 def gather(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import IDENTITY_KEYS, Config, StageConfig, resolved
 from rljax.data.batches import DataPosition, PromptSource, SupervisedSource
-from rljax.evaluate import Evaluator, sample_record, show
+from rljax.evaluate import Evaluator, sample_records, show
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Params
 from rljax.models.hf_export import save_hf
@@ -46,7 +46,8 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)  # the latest of each split
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "data": list(self.data)}
+        # Copies: a checkpoint is written in the background.
+        return {**vars(self), "data": list(self.data), "scores": dict(self.scores)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
@@ -86,7 +87,7 @@ class Run:
 
     def save_stage(self, name: str, params: Params) -> None:
         with self._stage_weights(name) as store:
-            store.save(0, params, {}, force=True)
+            store.save(self.progress.stage_step, params, {}, force=True)  # a stage may be prolonged later
             store.wait()
 
     def load_stage(self, name: str) -> Params:
@@ -205,7 +206,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
         score = progress.scores.get("dev")
         run.writer.flush()
         run.checkpoints.save(progress.step, stage.saved(state), progress.to_json(), score=score, force=last or leave)
-        if leave and not last:
+        if leave and progress.step < _total_steps(run.config):
             run.checkpoints.wait()
             run.writer.event(
                 progress.step, f"asked to leave: step {progress.step} is saved; the same command goes on from there"
@@ -252,12 +253,13 @@ def _count(run: Run, stage: Stage, result: StepResult) -> None:
 def _write_step_samples(run: Run, result: StepResult) -> None:
     """The best, the worst and random completions of the step."""
     wanted, done = run.config.log.samples_per_step, result.completions
-    if not wanted or done is None or not done.samples:
+    if not wanted or done is None:
         return
-    mine = sorted(done.samples, key=lambda i: (done.rewards[i], i))
-    middle = np.random.default_rng([run.config.seed, run.progress.step]).permutation(mine[1:-1])[: max(wanted - 2, 0)]
-    chosen = [mine[-1], *middle.tolist(), mine[0]][:wanted]
-    run.writer.write_samples(run.progress.step, "train", [sample_record(done, i) for i in chosen])
+    written = np.flatnonzero(done.host.loss_mask.any(axis=1)).tolist()
+    ranked = sorted(written, key=lambda i: (done.rewards[i], i))
+    middle = np.random.default_rng([run.config.seed, run.progress.step]).permutation(ranked[1:-1])[: max(wanted - 2, 0)]
+    chosen = list(dict.fromkeys([*ranked[-1:], *middle.tolist(), *ranked[:1]]))[:wanted]
+    run.writer.write_samples(run.progress.step, "train", sample_records(done, chosen))
 
 
 def _apply_limits(run: Run, metrics: dict[str, float]) -> None:

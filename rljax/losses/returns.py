@@ -154,5 +154,7 @@ def _backwards(step: Callable[[Any, Any], tuple[Any, Any]], start: Any, mask: Bo
         carried = jax.tree.map(lambda new, old: jnp.where(kept, new, old), carried, following)
         return carried, jax.tree.map(lambda x: jnp.where(kept, x, 0), result)
 
+    dtype = jnp.result_type(*jax.tree.leaves((start, arrays)))
+    start = jax.tree.map(lambda x: x.astype(dtype), start)
     by_time = jax.tree.map(jnp.transpose, (mask, arrays))
     return jax.tree.map(jnp.transpose, lax.scan(masked_step, start, by_time, reverse=True)[1])

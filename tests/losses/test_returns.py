@@ -142,6 +142,7 @@ def test_a_masked_span_changes_no_number():
         (lambda *a: [n_step_returns(*a, n_steps=3, gamma=GAMMA)], (rewards, values)),
         (lambda *a: [reward_to_go(*a, gamma=GAMMA)], (rewards,)),
     ]:
+        function = jax.jit(function)
         plain = function(*arrays, mask)
         with_gap = function(*(gap(x, np.nan) for x in arrays), gap(mask, False))
         for a, b in zip(plain, with_gap, strict=True):
@@ -155,6 +156,14 @@ def test_shaped_rewards_by_hand():
     mask = jnp.array([[False, True, True, False], [False] * 4])
     rewards = shaped_rewards(jnp.array([2.0, 9.0]), logprobs, ref_logprobs, mask, kl_coef=0.1)
     np.testing.assert_allclose(rewards, [[0, -0.05, 1.9, 0], [0, 0, 0, 0]], atol=1e-7)
+
+
+def test_rewards_may_be_integers_and_values_wider():
+    with jax.enable_x64(True):
+        mask = jnp.ones((1, 2), bool)
+        result = gae(jnp.array([[0, 3]]), jnp.array([[1.0, 2.0]]), mask, gamma=0.5, lam=0.5)
+        np.testing.assert_array_equal(result.advantages, [[0.25, 1.0]])
+        assert result.returns.dtype == jnp.float64
 
 
 def test_last_token_survives_gaps():
@@ -177,6 +186,6 @@ def test_gradients_are_finite_where_masked_entries_are_not():
         )
         return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(results))
 
-    for gradient in jax.grad(total)(arrays):
+    for gradient in jax.jit(jax.grad(total))(arrays):
         assert np.isfinite(gradient).all()
         np.testing.assert_array_equal(gradient[~mask], 0.0)

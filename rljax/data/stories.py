@@ -41,15 +41,19 @@ def make_rows(
     opening_sentences: int = 1,
     max_prompt_chars: int = 200,
     min_occurrences: int = 20,
+    words_from: str = "continuation",
 ) -> list[dict[str, Any]]:
     """Rows ``prompt`` (a story's opening), ``words`` (required), ``continuation`` (the real one) and ``dataset``.
 
-    ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation, not in the
-    opening, and at least ``min_occurrences`` times in the files. A story's first sentence decides its split, so no
+    ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
+    ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
+    are the opening's own, which a story that keeps to its subject takes up again. A story's first sentence decides its split, so no
     story and no prompt is in two. ``count`` rows in an order of the seed, or all of them. Raises ValueError.
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
+    if words_from not in ("continuation", "opening"):
+        raise ValueError(f"stories take words_from the continuation or the opening, not {words_from!r}")
     stories: dict[str, None] = {}
     for file in (epath.Path(name).expanduser() for name in path.split(",")):
         if not file.exists():
@@ -64,7 +68,8 @@ def make_rows(
             continue
         prompt, continuation = story[: cut[opening_sentences - 1]], story[cut[opening_sentences - 1] :]
         opening = set(content_words(prompt))
-        candidates = [w for w in dict.fromkeys(content_words(continuation)) if w in known and w not in opening]
+        told = dict.fromkeys(content_words(continuation))
+        candidates = [w for w in told if w in known and (w in opening) == (words_from == "opening")]
         if prompt in rows or len(prompt) > max_prompt_chars or len(candidates) < words:
             continue  # many stories open alike: a prompt is asked once
         chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)

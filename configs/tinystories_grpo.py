@@ -1,0 +1,60 @@
+"""GRPO on a real checkpoint: stories that take up the words of their opening, end in time and do not repeat themselves.
+
+    python -m rljax.main --config configs/tinystories_grpo.py
+    python -m rljax.drift --config configs/tinystories_grpo.py --model runs/tinystories_grpo/model
+
+Needs the folder RLJAX_DATA (default ../shared/data) with models/tinystories656K-hf and datasets/text.
+Hardware: 2 CPU cores, under 15 minutes. Expected: see LOG.md; the second command says what the reward cost in KL,
+likelihood and variety.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+from rljax.config import default_config
+
+DATA = os.environ.get("RLJAX_DATA", "../shared/data")
+
+
+def get_config() -> ConfigDict:
+    config = default_config("grpo")
+    config.name = "tinystories_grpo"
+    config.cpu_devices = 2
+    config.model.path = f"{DATA}/models/tinystories656K-hf"
+    config.data.train = config.data.dev = config.data.test = "stories"
+    with config.unlocked():
+        config.data.options = ConfigDict(
+            {
+                "path": f"{DATA}/datasets/text/tinystories_a.txt,{DATA}/datasets/text/tinystories_b.txt",
+                "words": 2,
+                "words_from": "opening",
+                "opening_sentences": 2,
+                "min_occurrences": 5,
+            }
+        )
+    config.data.dev_rows = 64
+    config.data.test_rows = 128
+    config.data.prompt_lengths = (64,)
+    config.reward.names = ("story",)
+
+    config.steps = 100
+    config.rollout.prompts_per_step = 16
+    config.rollout.group_size = 8
+    config.rollout.max_new_tokens = 192
+    config.algo.kl_coef = 0.02
+    config.algo.clip_low = 0.2
+    config.algo.clip_high = 0.2
+    config.algo.advantage_mean = "group"
+    config.algo.advantage_std = "group"
+    config.algo.aggregation = "token_mean"
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_steps = 5
+
+    config.eval.temperature = 1.0
+    config.eval.samples = 4
+    config.eval.every_steps = 25
+    config.eval.shown_prompts = 3
+    config.checkpoint.every_steps = 25
+    config.log.samples_per_step = 3
+    return config

@@ -1,0 +1,105 @@
+"""What reinforcement learning did to the text: KL, likelihood under the untouched model, variety, best-of-n.
+
+    python -m rljax.drift --config configs/tinystories_grpo.py --model runs/tinystories_grpo/model
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
+from rljax.main import USER_ERROR, parse
+from rljax.models.decoder import Params
+from rljax.models.hf_import import load_params
+from rljax.rewards.estimates import best_of_n, bootstrap_interval
+from rljax.rewards.runner import RewardRunner
+from rljax.rewards.text import distinct_n
+from rljax.rollouts import Completions, complete
+from rljax.sampler import make_generate
+from rljax.session import EVAL_KEY, Session, open_session, start_devices
+from rljax.setup import make_runner, split_rows
+from rljax.sharding import gather
+from rljax.steps import make_score
+
+BEST_OF = (1, 2, 4, 8, 16)
+PROMPTS, SAMPLES = 64, 16
+
+
+def measure_drift(
+    session: Session, policy: Params, base: Params, source: PromptSource, runner: RewardRunner
+) -> dict[str, Any]:
+    """Both models complete the same held-out prompts, SAMPLES times each, as training samples; then they are compared.
+
+    ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
+    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples.
+    """
+    sampling = session.sampling(session.config)
+    generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
+    count = min(PROMPTS, len(source)) // session.train.data_shards * session.train.data_shards
+    rows, prompts, _ = source.take(DataPosition(), count)
+    prompts = repeat_prompts(prompts, SAMPLES)
+    rows = [row for row in rows for _ in range(SAMPLES)]
+    score = make_score(session.forward(sampling), prompts.tokens.shape[1], SAMPLES)
+    report: dict[str, Any] = {"prompts": count, "samples": SAMPLES, "temperature": sampling.temperature}
+    for name, params in (("base", base), ("policy", policy)):
+        done = complete(session, generate, params, prompts, rows, runner, session.key(EVAL_KEY), 0)
+        r = done.rollout
+        under_base = gather(score(base, {"tokens": r.tokens, "valid": r.valid, "support": r.support}))
+        report[name] = _describe(done, under_base, count)
+    rewards = report["base"].pop("rewards")
+    report["policy"].pop("rewards")
+    report["base"]["best_of"] = {str(n): float(np.mean([best_of_n(row, n) for row in rewards])) for n in BEST_OF}
+    return report
+
+
+def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> dict[str, Any]:
+    mask = done.host.loss_mask
+    base_sums = np.where(mask, under_base, 0).sum(axis=1)
+    gaps = done.host.behavior_logprobs.sum(axis=1) - base_sums
+    interval = bootstrap_interval(done.rewards.reshape(prompts, -1).mean(axis=1))
+    return {
+        "rewards": done.rewards.reshape(prompts, -1),
+        "reward": float(done.rewards.mean()),
+        "reward_interval": list(interval),
+        "parts": {name: float(values.mean()) for name, values in done.parts.items()},
+        "kl_per_completion": float(gaps.mean()),
+        "nll": float(-base_sums.sum() / mask.sum()),
+        "distinct_4": distinct_n([sample.completion for sample in done.samples.values()], 4),
+        "length": float(done.lengths.mean()),
+        "finished": float(done.finished.mean()),
+        "shown": [done.samples[i].prompt + done.samples[i].completion for i in range(0, 3 * SAMPLES, SAMPLES)],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report of a trained model folder against the config's own start, as JSON."""
+    argv = list(sys.argv if argv is None else argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", "", "the trained policy's folder", flag_values=values)
+    rest = values(argv, known_only=True)
+    try:
+        config, _ = parse(rest)
+        start_devices(config)
+        session = open_session(replace(config, output_dir="unused"))
+        base = session.base_params()
+        policy = load_params(values.model, session.model, session.train, dtype=session.param_dtype)
+        rows = split_rows(config.data, "test")
+        source = PromptSource(rows, session.tokenizer, config.data.prompt_lengths, config.data.seed, shuffle=False)
+        runner = make_runner(config)
+        if runner is None:
+            raise ValueError("config.reward.names is empty; drift compares rewards as well")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    with runner:
+        print(json.dumps(measure_drift(session, policy, base, source, runner), indent=2, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

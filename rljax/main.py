@@ -2,58 +2,51 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
-from rljax.config import Config, ConfigError, make_config, resolved
+from rljax.checkpoint import CheckpointError
+from rljax.config import USAGE, parse
 from rljax.plan import dry_run, print_config
+from rljax.runs import RunFolderError
 from rljax.session import open_session, start_devices
-from rljax.trainer import RunStopped, finish, open_training, train
+from rljax.trainer import Run, RunStopped, finish, open_training, train
 
-USER_ERROR, STOPPED = 2, 3
-
-
-def parse(argv: Sequence[str]) -> tuple[Config, flags.FlagValues]:
-    """The config of a command line. Raises ConfigError."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "a file with get_config()", flag_values=values)
-    flags.DEFINE_bool("print_config", False, "show the resolved config and leave", flag_values=values)
-    flags.DEFINE_bool(
-        "dry_run",
-        False,
-        "load config, tokenizer, one batch and the mesh; print the plan; compile nothing",
-        flag_values=values,
-    )
-    try:
-        rest = values(list(argv))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config: there is no file {error.filename or error}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is not a flag; settings are given as --config.key=value")
-    if values.config is None:
-        raise ConfigError("--config is not set: name a file such as configs/quickstart.py")
-    return make_config(values.config), values
+DONE, USER_ERROR, STOPPED = 0, 2, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for a user's mistake (one sentence on stderr), 3 for a run that a limit of its config stopped."""
     argv = sys.argv if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        print(USAGE, end="")
+        return DONE
     try:
-        config, options = parse(argv)
-        if options.print_config:
-            print_config(resolved(config))
-            return 0
-        start_devices(config)
-        session = open_session(config)
-        if options.dry_run:
-            return dry_run(session)
-        run = open_training(session, command=argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        run = _set_up(argv)
+    except (ValueError, OSError) as error:
+        if not _is_mistake(error):
+            raise
+        return _say(error)
+    try:
+        return DONE if run is None else _train(run)
+    except (RunFolderError, CheckpointError) as error:  # a disk that fills up meanwhile
+        return _say(error)
+
+
+def _set_up(argv: Sequence[str]) -> Run | None:
+    """Everything that can be checked, checked; None where the command only wanted to look."""
+    command = parse(argv[1:])
+    if command.print_config:
+        print_config(command.config)
+        return None
+    start_devices(command.config)
+    session = open_session(command.config)
+    if command.dry_run:
+        dry_run(session)
+        return None
+    return open_training(session, command=argv)
+
+
+def _train(run: Run) -> int:
     with run:
         try:
             train(run)
@@ -61,7 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.writer.event(run.progress.step, f"stopped: {stop}")
             return STOPPED
         finish(run)
-    return 0
+    return DONE
+
+
+def _is_mistake(error: Exception) -> bool:
+    """A user's, that is: what rljax itself refuses, or a file that cannot be used. Anything else is a bug."""
+    if isinstance(error, OSError):
+        return error.filename is not None
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and Path(place.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def _say(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a run will do, before it does it: the resolved config, the first prompts, and bytes a device by owner."""
 
-import json
 import math
 from typing import Any
 
@@ -8,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.config import StageConfig
+from rljax.config import Config, StageConfig, resolved
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
 from rljax.models.params import param_shardings, parameter_count
 from rljax.optim import make_optimizer, state_shardings
+from rljax.runs import flatten
 from rljax.session import Session
-from rljax.setup import is_online, make_evaluators, make_runner, make_source
+from rljax.setup import make_evaluators, make_runner, make_source
 
 SHOWN_PROMPTS = 2
 
@@ -22,8 +22,9 @@ class PlanError(ValueError):
     """A plan that the devices cannot hold."""
 
 
-def print_config(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2, default=str))
+def print_config(config: Config) -> None:
+    for key, value in flatten(resolved(config)).items():
+        print(f"config.{key} = {value!r}")
 
 
 def dry_run(session: Session) -> int:
@@ -41,7 +42,7 @@ def dry_run(session: Session) -> int:
     for name in config.recipe:
         stage = config.stage(name)
         source = make_source(session, stage)
-        print(f"\nstage {name}: {stage.steps} steps of {rows_per_step(stage)} rows; {source.kept}")
+        print(f"\nstage {name}: {stage.steps} steps of {stage.rows_per_step} rows; {source.kept}")
         _print_first_rows(session, stage, source)
         owners = bytes_by_owner(session, stage)
         total = sum(owners.values())
@@ -51,10 +52,6 @@ def dry_run(session: Session) -> int:
         print(f"    {'total':<22}{total / 2**20:12.1f} MiB")
         _check_memory(session, name, total, owners)
     return 0
-
-
-def rows_per_step(stage: StageConfig) -> int:
-    return stage.batch.rows or stage.rollout.prompts_per_step * stage.rollout.group_size
 
 
 def _print_first_rows(session: Session, stage: StageConfig, source: Any) -> None:
@@ -71,7 +68,7 @@ def _print_first_rows(session: Session, stage: StageConfig, source: Any) -> None
             print(f"; trained: {session.tokenizer.hf.decode(trained)!r}, last id {trained[-1]}")
     ends = ", ".join(f"{i} {session.tokenizer.hf.convert_ids_to_tokens(i)!r}" for i in session.tokenizer.end_ids)
     print(f"  end tokens: {ends}")
-    if is_online(stage):
+    if stage.is_online:
         _, prompts, _ = source.take(DataPosition(), stage.rollout.prompts_per_step)
         shape = repeat_prompts(prompts, stage.rollout.group_size).tokens.shape
         print(f"  rollout: prompts {list(shape)}, completions of at most {stage.rollout.max_new_tokens} tokens")
@@ -88,31 +85,24 @@ def bytes_by_owner(session: Session, stage: StageConfig) -> dict[str, int]:
         opt_state, {"policy": param_shardings(session.model, session.train)}, session.train.replicated
     )
     owners = {"parameters": _bytes(policy), "optimizer": _bytes(opt_state, where), "gradients": _bytes(policy)}
-    online = is_online(stage)
+    online = stage.is_online
     length = max(stage.data.prompt_lengths) + r.max_new_tokens if online else stage.data.row_length
-    micro = (b.micro_batch_rows or rows_per_step(stage) // b.minibatches) // shards
+    micro = (b.micro_batch_rows or stage.rows_per_step // b.minibatches) // shards
     kept = {"none": 14 * c.width + 4 * c.ffn_width, "dots": 6 * c.width + 3 * c.ffn_width, "block": c.width}
     layers = c.num_layers * kept[session.config.model.remat] + 14 * c.width + 4 * c.ffn_width
     owners["activations"] = micro * length * layers * compute // session.train.tensor
     chunk = min(session.config.model.logits_chunk, micro * length)
     owners["logits chunk"] = 3 * chunk * c.padded_vocab * 4 // session.train.tensor
     if online:
-        if "ref_logprobs" in _needs(stage):
+        if "ref_logprobs" in stage.algorithm().needs:
             owners["frozen reference"] = _bytes(session.abstract_policy(session.dtype))
-        rows = rows_per_step(stage) // session.decode.data_shards
+        rows = stage.rows_per_step // session.decode.data_shards
         heads = max(c.num_kv_heads, session.decode.tensor) // session.decode.tensor
         token = 2 * c.num_layers * heads * c.head_dim * compute
         owners["decode weights"] = math.ceil(parameter_count(session.model) * compute / session.decode.tensor)
         owners["prompt cache"] = rows * max(stage.data.prompt_lengths) * token
         owners["completion cache"] = rows * r.max_new_tokens * token
     return owners
-
-
-def _needs(stage: StageConfig) -> frozenset[str]:
-    from rljax.algos import ALGOS
-
-    module = next(module for module in ALGOS.values() if isinstance(stage.algo, module.Config))
-    return module.make(stage.algo, group_size=1, max_new_tokens=1).needs
 
 
 def _bytes(tree: Any, shardings: Any = None) -> int:

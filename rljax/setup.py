@@ -5,7 +5,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from rljax.algos import ALGOS
 from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
 from rljax.data.batches import PromptSource, SupervisedSource
 from rljax.data.rows import GENERATED, Row, load_rows
@@ -42,14 +41,9 @@ def _load(data: DataConfig, source: str, split: str, count: int) -> list[Row]:
 def make_source(session: Session, stage: StageConfig) -> PromptSource | SupervisedSource:
     """A stage's training rows, as prompts for an online algorithm, as text for a supervised one."""
     rows = split_rows(stage.data, "train")
-    if is_online(stage):
+    if stage.is_online:
         return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
     return SupervisedSource(rows, session.tokenizer, stage.data.row_length, stage.data.seed)
-
-
-def is_online(stage: StageConfig) -> bool:
-    module = next(module for module in ALGOS.values() if isinstance(stage.algo, module.Config))
-    return module.make(stage.algo, group_size=1, max_new_tokens=1).targets is not None
 
 
 def make_runner(config: Config) -> RewardRunner | None:

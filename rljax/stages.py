@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rljax.algos import ALGOS
 from rljax.algos.base import Algorithm
 from rljax.config import StageConfig
 from rljax.data.batches import DataPosition, PromptBatch, PromptSource, SupervisedSource, repeat_prompts
@@ -154,10 +153,7 @@ def build_stage(
     source: PromptSource | SupervisedSource,
     runner: RewardRunner | None,
 ) -> Stage:
-    module = next(module for module in ALGOS.values() if isinstance(config.algo, module.Config))
-    algorithm = module.make(
-        config.algo, group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens
-    )
+    algorithm = config.algorithm()
     online = algorithm.targets is not None
     sampling = session.sampling(config) if online else None
     steps = config.steps * config.batch.epochs * config.batch.minibatches

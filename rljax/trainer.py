@@ -11,7 +11,7 @@ import numpy as np
 
 from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
-from rljax.config import IDENTITY_KEYS, Config, StageConfig, resolved
+from rljax.config import Config, StageConfig, identity_keys, resolved
 from rljax.data.batches import DataPosition, PromptSource, SupervisedSource
 from rljax.evaluate import Evaluator, sample_records, show
 from rljax.metrics import MetricsWriter
@@ -120,7 +120,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         session.folder,
         resolved(config),
         versions(seed=config.seed, command=command),
-        identity_keys=IDENTITY_KEYS,
+        identity_keys=identity_keys(config),
         process_index=jax.process_index(),
         gather=lambda number: agree(np.asarray(number), lambda stacked: stacked).tolist(),
     )

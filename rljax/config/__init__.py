@@ -1,0 +1,20 @@
+"""Settings: a config file and the command line in, frozen dataclasses out. ConfigDict stops here."""
+
+from rljax.config.build import algo_defaults, default_config, make_config, resolved
+from rljax.config.command_line import USAGE, Command, parse
+from rljax.config.fields import Config, ConfigError, DataConfig, StageConfig, identity_keys
+
+__all__ = [
+    "USAGE",
+    "Command",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "StageConfig",
+    "algo_defaults",
+    "default_config",
+    "identity_keys",
+    "make_config",
+    "parse",
+    "resolved",
+]

@@ -1,0 +1,93 @@
+"""Combinations of settings that cannot work, found before anything is loaded."""
+
+from rljax.config.fields import Config, ConfigError, StageConfig
+from rljax.optim import make_schedule
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError, in one sentence that names the key."""
+    _check_recipe(config)
+    if bool(config.model.path) == bool(config.model.architecture):
+        raise ConfigError("config.model: set exactly one of path (a checkpoint) and architecture (random weights)")
+    if not (config.tokenizer.path or config.model.path):
+        raise ConfigError("config.tokenizer.path is not set; a model with random weights needs a tokenizer")
+    if config.profile_steps and (len(config.profile_steps) != 2 or config.profile_steps[0] > config.profile_steps[1]):
+        raise ConfigError("config.profile_steps takes the first and the last step of the trace, such as 10,12")
+    if config.eval.samples > 1 and not config.eval.temperature:
+        raise ConfigError(
+            f"config.eval.samples is {config.eval.samples} and eval.temperature 0, which makes them all alike; "
+            "set one of them"
+        )
+    for name in config.recipe:
+        _check_stage(config.stage(name), config.key_of(name))
+
+
+def _check_recipe(config: Config) -> None:
+    known = {"main", *config.stages}
+    if not config.recipe or len(set(config.recipe)) < len(config.recipe):
+        raise ConfigError(f"config.recipe is {config.recipe}; it names one stage or more, each once")
+    for number, name in enumerate(config.recipe):
+        if name not in known:
+            raise ConfigError(
+                f"config.recipe names the stage {name!r}, which is not under config.stages; "
+                f"there are {', '.join(sorted(known))}"
+            )
+        stage, earlier = config.stage(name), config.recipe[:number]
+        for key, value, others in (
+            ("init_from", stage.init_from, ("base", "previous")),
+            ("reference_from", stage.reference_from, ("base", "start")),
+        ):
+            if value not in (*others, *earlier):
+                raise ConfigError(
+                    f"{config.key_of(name)}.{key} is {value!r}; it is one of {', '.join((*others, *earlier))}: "
+                    "a stage can only take over from one that the recipe runs before it"
+                )
+
+
+def _check_stage(stage: StageConfig, where: str) -> None:
+    b = stage.batch
+    if stage.reward.weights and len(stage.reward.weights) != len(stage.reward.names):
+        raise ConfigError(f"{where}.reward: {len(stage.reward.names)} names and {len(stage.reward.weights)} weights")
+    try:
+        algorithm = stage.algorithm()
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{where}.algo: {error}") from error
+    if algorithm.targets is not None:
+        _check_online(stage, where)
+    if stage.rows_per_step % b.minibatches:
+        raise ConfigError(
+            f"{where}.batch.minibatches {b.minibatches} does not divide the {stage.rows_per_step} rows of a step"
+        )
+    rows = stage.rows_per_step // b.minibatches
+    if b.micro_batch_rows and rows % b.micro_batch_rows:
+        raise ConfigError(
+            f"{where}.batch.micro_batch_rows {b.micro_batch_rows} does not divide a minibatch of {rows} rows"
+        )
+    if not stage.data.prompt_lengths:
+        raise ConfigError(f"{where}.data.prompt_lengths is empty; give one length or more, in tokens")
+    moving = [key for key in ("reference_reset_steps", "reference_ema") if vars(stage)[key]]
+    if moving and "ref_logprobs" not in algorithm.needs:
+        raise ConfigError(f"{where}.{moving[0]} does nothing: the algorithm reads no reference at these settings")
+    try:
+        make_schedule(stage.optim, max(stage.optimizer_steps, 1))
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from error
+
+
+def _check_online(stage: StageConfig, where: str) -> None:
+    """A stage that trains on what it samples."""
+    r = stage.rollout
+    if not r.temperature:
+        raise ConfigError(f"{where}.rollout.temperature is 0; greedy completions of one prompt are all alike")
+    if not stage.reward.names:
+        raise ConfigError(f"{where}.reward.names is empty; name a reward, such as gsm8k or package.module:function")
+    if stage.batch.rows:
+        raise ConfigError(f"{where}.batch.rows is for supervised stages; rollouts have prompts_per_step x group_size")
+    if r.keep_groups == "all" and r.max_rounds > 1:
+        raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")
+    group_wise = [key for key, value in vars(stage.algo).items() if key.startswith("advantage_") and value == "group"]
+    if r.group_size == 1 and (group_wise or r.keep_groups == "mixed"):
+        key = f"algo.{group_wise[0]} 'group'" if group_wise else "rollout.keep_groups 'mixed'"
+        raise ConfigError(
+            f"{where}.rollout.group_size is 1 and {key} compares the completions of one prompt; use 2 or more"
+        )

@@ -1,0 +1,228 @@
+"""The command line: ``--config FILE``, ``--config.dotted.key=value`` and two switches. Nothing else passes."""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import traceback
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from rljax.algos import ALGOS
+from rljax.config.build import algo_defaults, hints, make_config, no_such_key, noun
+from rljax.config.fields import STAGE_FIELDS, Config, ConfigError, StageConfig
+
+USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
+
+  --config FILE         a Python file with get_config(), such as configs/quickstart.py
+  --config.KEY=VALUE    a setting by its dotted key: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
+                        (docs/config.md has them all; a list is written 10,12)
+  --print_config        show the resolved config and leave
+  --dry_run             check everything, show the first prompts and the memory plan; compile and write nothing
+"""
+SWITCHES = ("print_config", "dry_run")
+
+
+class Command(NamedTuple):
+    config: Config
+    print_config: bool
+    dry_run: bool
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """What a command line (without the program's name) asks for. Raises ConfigError, one sentence."""
+    file, overrides, switches = _split(arguments)
+    if not file:
+        raise ConfigError("--config is not set; name a file such as configs/quickstart.py")
+    values = load_config_file(file)
+    algo_defaults(values["algo"]["name"])  # an unknown name is said before its keys are
+    # The algorithm first: its other keys depend on it.
+    for key, text in sorted(overrides.items(), key=lambda item: not item[0].endswith("algo.name")):
+        _override(values, key, text)
+    _refuse_unread(values, overrides)
+    return Command(make_config(values), *(name in switches for name in SWITCHES))
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
+    """The config file, the overrides by dotted key, the switches. ``--flag value`` is the same as ``--flag=value``."""
+    file, overrides, switches = "", {}, set()
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, text = waiting.pop(0).partition("=")
+        name = flag.removeprefix("--")
+        if name == flag:
+            raise ConfigError(f"{flag!r} is not a flag; settings are given as --config.key=value")
+        if name in SWITCHES:
+            if equals:
+                raise ConfigError(f"{flag} takes no value")
+            switches.add(name)
+            continue
+        if name != "config" and not name.startswith("config."):
+            close = difflib.get_close_matches(name.partition(".")[0], ("config", *SWITCHES), n=1, cutoff=0.0)
+            raise ConfigError(f"{flag} is not a flag; did you mean --{close[0]}?")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise ConfigError(f"{flag} has no value; write {flag}=value")
+            text = waiting.pop(0)
+        if name == "config":
+            if file:
+                raise ConfigError(f"--config is given twice, as {file} and as {text}")
+            file = text
+        else:
+            overrides[name.removeprefix("config.")] = text
+    return file, overrides, switches
+
+
+def load_config_file(path: str) -> dict[str, Any]:
+    """What ``get_config()`` of a file returns, as plain dicts. Raises ConfigError where it does not run."""
+    file = Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        beside = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        close = difflib.get_close_matches(path, beside, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; it is a Python file with get_config()"
+        raise ConfigError(f"--config: there is no config file {path}{hint}")
+    spec = importlib.util.spec_from_file_location("rljax_config_file", file)
+    assert spec is not None and spec.loader is not None  # it is a .py file
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        made = vars(module)["get_config"]()
+    except Exception as error:  # whatever a user's file does
+        raise ConfigError(f"--config: {_place(path, error)}: {_reason(error)}") from error
+    if not isinstance(made, ConfigDict) or set(made) < set(hints(Config)):
+        raise ConfigError(f"--config: get_config() of {path} returns no ConfigDict; start from default_config()")
+    return made.to_dict()
+
+
+def _place(path: str, error: Exception) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    return f"{path}, line {line}" if line else path
+
+
+def _reason(error: Exception) -> str:
+    """One line of an exception; ConfigDict's own says which key is nearest in its last one."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, KeyError) and error.args == ("get_config",):
+        return "it has no function get_config()"
+    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
+    if len(lines) > 1 and "Did you mean" in lines[-1]:
+        return f"{lines[0].partition(' and cannot be added')[0]}; {lines[-1][0].lower()}{lines[-1][1:]}"
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _override(values: dict[str, Any], dotted: str, text: str) -> None:
+    """Set one key from its text, by the type that the key has."""
+    keys, where, group, hint = dotted.split("."), "config", values, typing.cast(Any, Config)
+    for depth, key in enumerate(keys):
+        hint = _child(hint, group, key, values["algo"]["name"], where)
+        where = f"{where}.{key}"
+        if depth < len(keys) - 1:
+            group = group.setdefault(key, {})
+    if where.endswith(".algo.name"):
+        if text != group.get("name", values["algo"]["name"]):
+            # Another algorithm starts from its own defaults; a stage takes those when it is built.
+            fresh = algo_defaults(text, where).to_dict()
+            group.clear()
+            group.update(fresh if where == "config.algo.name" else {"name": text})
+        return
+    group[keys[-1]] = parse_text(hint, text, where)
+
+
+def _child(hint: Any, group: Any, key: str, algo_name: str, where: str) -> Any:
+    """The type of ``key`` in a group of type ``hint``. Raises ConfigError where there is no such key."""
+    known: dict[str, Any] = {}
+    if typing.get_origin(hint) is dict:
+        item = typing.get_args(hint)[1]
+        if item is not StageConfig:
+            return item  # the keys are the user's own
+        known = dict.fromkeys(group, item)
+    elif hint is Any and isinstance(group, dict):
+        return Any
+    elif dataclasses.is_dataclass(hint):
+        known = dict(hints(typing.cast(type, hint)))
+        if "algo" in known:
+            known["algo"] = ALGOS[(group.get("algo") or {}).get("name", algo_name)].Config
+        if where.endswith(".algo"):
+            known["name"] = str
+    else:
+        raise ConfigError(f"{where} is a single value, which has no key {key!r}; write --{where}=value")
+    if key not in known:
+        raise no_such_key(where, key, known)
+    return known[key]
+
+
+def parse_text(hint: Any, text: str, where: str) -> Any:
+    """A value as it stands on the command line; its range is checked when the config is built."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return parse_text(args[0], text, where)
+    if origin in (typing.Union, types.UnionType):
+        inner = next(a for a in args if a is not type(None))
+        return None if text.lower() == "none" else parse_text(inner, text, where)
+    if dataclasses.is_dataclass(hint):
+        raise ConfigError(
+            f"{where} is a group of keys; name one, such as --{where}.{next(iter(hints(typing.cast(type, hint))))}=value"
+        )
+    if origin is tuple:
+        items = _literal(text) if text[:1] in ("(", "[") else [part.strip() for part in text.split(",") if part.strip()]
+        if not isinstance(items, list | tuple):
+            raise ConfigError(f"{where} is {text!r}; it takes a list such as 1,2")
+        return tuple(parse_text(args[0], str(item), where) for item in items)
+    if hint is Any or origin is dict:
+        value = _literal(text)
+        if origin is dict and not isinstance(value, dict):
+            raise ConfigError(f"{where} is a group of keys; name one, such as --{where}.key=value")
+        return value
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    if hint in (bool, int, float):
+        raise ConfigError(f"{where} is {text!r}; it takes {noun(hint)}")
+    return text
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _refuse_unread(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Overrides that no stage of the recipe would read: a run must not ignore what it was told."""
+    recipe, stages = tuple(values["recipe"]), values["stages"]
+    for dotted in overrides:
+        keys = dotted.split(".")
+        if keys[0] == "stages" and keys[1] not in recipe:
+            raise ConfigError(f"config.{dotted}: config.recipe {recipe} does not run that stage, so nothing reads it")
+        if keys[0] in STAGE_FIELDS and recipe and all(_replaces(stages, name, keys, values) for name in recipe):
+            raise ConfigError(
+                f"config.{dotted}: every stage of config.recipe {recipe} has its own; "
+                f"set --config.stages.{recipe[-1]}.{dotted}"
+            )
+
+
+def _replaces(stages: dict[str, Any], name: str, keys: list[str], values: dict[str, Any]) -> bool:
+    """Whether a stage does not read the top level's value at ``keys``."""
+    if name == "main" or name not in stages:
+        return False
+    if keys[0] == "algo" and stages[name].get("algo", {}).get("name", values["algo"]["name"]) != values["algo"]["name"]:
+        return True
+    place: Any = stages[name]
+    for key in keys:
+        if not isinstance(place, dict) or key not in place:
+            return False
+        place = place[key]
+    return True

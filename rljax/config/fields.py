@@ -1,0 +1,246 @@
+"""A run's settings as frozen dataclasses. What a field means stands beside it; docs/config.md is made from that.
+
+The top level of a config describes the main job. A stage that differs from it (a warm start, say) lists under
+``stages`` only what differs.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+from rljax.algos import ALGOS, Algorithm
+from rljax.optim import OptimConfig
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the sentence names the key and the mend."""
+
+
+class Range(NamedTuple):
+    """The numbers that a field takes."""
+
+    low: float
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == float("inf"):
+            return f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
+Amount = Annotated[float, Range(0)]
+Duration = Annotated[float, Range(0, open_low=True)]
+Decay = Annotated[float, Range(0, 1, open_high=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Exactly one of ``path`` and ``architecture`` is set."""
+
+    path: str = ""  # a Hugging Face folder, local or gs://, or a Hub name
+    architecture: dict[str, Any] = field(default_factory=dict)  # a config.json as a dict: random weights
+    init_seed: Count = 0  # of random weights
+    remat: Literal["none", "dots", "block"] = (
+        "none"  # what the backward pass keeps of a layer: all, products, its input
+    )
+    logits_chunk: Positive = 1024  # tokens a device whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    path: str = ""  # default: the model's folder; "characters:<alphabet>" builds one on the spot
+    template: str = ""  # "chat", a named plain template, a text with {prompt}, a .jinja file; default: text as it is
+    system_prompt: str = ""  # stands before every conversation that has none
+    end_tokens: tuple[str, ...] = ()  # default: the checkpoint's
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Rows for training, for choosing a checkpoint (dev) and for the final word (test).
+
+    A source is a file, a folder with files named after their split, a Hub name, or a generated task.
+    """
+
+    train: str = ""  # source of the training rows
+    dev: str = ""  # source of the dev rows; default: the last dev_rows of the training rows are held out
+    test: str = ""  # source of the test rows; default: none
+    train_rows: Count = 0  # how many to use; 0: all there are
+    dev_rows: Count = 0  # the same
+    test_rows: Count = 0  # the same
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # our name to the source's: prompt, answer, solution, messages
+    options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
+    prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
+    row_length: Positive = 512  # tokens of a supervised row: prompt and completion together
+    seed: Count = 0  # of the order
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    prompts_per_step: Positive = 8
+    group_size: Positive = 8  # completions a prompt
+    max_new_tokens: Positive = 128  # of a completion, end token included
+    temperature: Amount = 1.0  # of sampling and, with it, of every log-prob that is trained on
+    top_k: Count = 0  # sample among so many tokens; 0: all
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # among the likeliest with this mass together; 1: all
+    min_p: Decay = 0.0  # among those at least this likely relative to the likeliest; 0: all
+    keep_groups: Literal["all", "mixed"] = (
+        "all"  # mixed: refill until prompts_per_step groups have both right and wrong
+    )
+    max_rounds: Positive = 1  # of refilling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    names: tuple[str, ...] = ()  # rewards by name, or package.module:function
+    weights: tuple[float, ...] = ()  # default: 1 each
+    timeout_s: Duration = 10.0  # of one call
+    workers: Positive = 4  # threads or processes
+    processes: bool = False  # run rewards in processes, which a hanging one cannot hold up
+    failed_value: float = 0.0  # what a sample gets whose reward raised or hung
+    permute: bool = False  # a control: rewards shuffled over the batch; nothing may be learnt
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """One rollout (or one draw of rows) is epochs x minibatches optimizer steps."""
+
+    rows: Count = 0  # of a draw, in supervised and preference stages; rollouts have prompts_per_step x group_size
+    epochs: Positive = 1  # passes over the rows
+    minibatches: Positive = 1  # optimizer steps a pass
+    micro_batch_rows: Count = 0  # rows a forward and backward pass, over all devices; 0: the whole minibatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_steps: Count = 0  # on dev; 0: before the first and after the last step only
+    samples: Positive = 1  # completions a prompt; above 1 pass@k is reported too
+    temperature: Amount = 0.0  # 0 is greedy
+    prompts_per_batch: Positive = 64
+    shown_prompts: Count = 4  # how many fixed prompts go to samples.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: Count = 0  # 0: after the last step only
+    keep: Positive = 2  # the newest
+    keep_best: bool = True  # by the dev score, beside the newest
+    export: bool = True  # write the trained policy as a Hugging Face folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """When to stop a run that has gone wrong; the reason is logged. 0 switches a rule off."""
+
+    bad_steps: Count = 10  # steps skipped in a row because loss or gradient was not finite
+    kl_per_completion: Amount = 0.0  # largest KL to the reference, nats
+    min_completion_length: Amount = 0.0  # tokens, mean of a step
+    max_completion_length: Amount = 0.0  # tokens, mean of a step
+    perplexity: Amount = 0.0  # largest, of the completions under the policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    tensorboard: bool = False  # also write events for TensorBoard
+    wandb: bool = False  # also log to Weights & Biases
+    samples_per_step: Count = 0  # best, worst and random completions of a step written to samples.jsonl
+    peak_tflops: Amount = 0.0  # a chip's, for MFU; 0: from the table of known devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What one stage of a recipe trains on and how. Fields stand at the top level of a config for the main stage."""
+
+    algo: Any = None  # the algorithm's own Config
+    steps: Count = 1  # rollouts, or draws of supervised rows
+    init_from: str = "previous"  # whose weights: base | previous | an earlier stage's name
+    reference_from: str = "start"  # start (of this stage) | base | an earlier stage's name
+    reference_reset_steps: Count = 0  # copy the policy into the reference every so many steps; 0: never
+    reference_ema: Decay = 0.0  # decay of a reference that follows the policy; 0: it stays
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6))
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch.rows or self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Over the whole stage: the horizon of its schedule."""
+        return self.steps * self.batch.epochs * self.batch.minibatches
+
+    def algorithm(self) -> Algorithm:
+        module = next(module for module in ALGOS.values() if isinstance(self.algo, module.Config))
+        return module.make(self.algo, group_size=self.rollout.group_size, max_new_tokens=self.rollout.max_new_tokens)
+
+    @property
+    def is_online(self) -> bool:
+        """Trains on what the policy writes."""
+        return self.algorithm().targets is not None
+
+
+STAGE_FIELDS = tuple(f.name for f in dataclasses.fields(StageConfig))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """A whole run."""
+
+    name: str = "run"
+    output_dir: str = ""  # local or gs://; default: runs/<name>
+    seed: Count = 0  # of everything random but the order of data
+    recipe: tuple[str, ...] = ("main",)  # stage names in order; "main" is the top level itself
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # by name, what differs from the top level
+    mesh: str = "1,-1,1"  # devices along replica, fsdp, tensor; -1 takes what is left; or "fsdp:-1,tensor:4"
+    decode_mesh: str = ""  # the same devices cut otherwise for rollouts; default: the training mesh
+    distributed: str = ""  # host:port,count,index; empty: automatic on TPU and Slurm, else a single process
+    cpu_devices: Positive = 1  # simulated devices where there is no accelerator
+    device_memory_gib: Amount = 0.0  # of one device, for the plan; 0: what the device says
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # parameters stay float32, or are float64
+    compilation_cache: str = ""  # a folder; default: ~/.cache/rljax; "off"
+    profile_steps: tuple[Positive, ...] = ()  # first and last step of a trace
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitConfig = LimitConfig()
+    log: LogConfig = LogConfig()
+
+    def stage(self, name: str) -> StageConfig:
+        return self if name == "main" else self.stages[name]
+
+    def key_of(self, name: str) -> str:
+        """Where a stage stands in the config, for messages."""
+        return "config" if name == "main" else f"config.stages.{name}"
+
+
+# Changing these on a run that has begun would make it another run.
+_RUN_IDENTITY = ("seed", "recipe", "compute_dtype", "model.path", "model.architecture", "model.init_seed", "tokenizer")
+_STAGE_IDENTITY = (
+    *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "rollout"),
+    *("reward.names", "reward.weights", "reward.failed_value", "reward.permute"),
+    *("batch.rows", "batch.epochs", "batch.minibatches", "optim.name"),
+)
+
+
+def identity_keys(config: Config) -> tuple[str, ...]:
+    """The dotted keys of ``resolved(config)`` that a resumed run may not change; a key stands for all below it.
+
+    Free to change are the steps of the last stage, learning rates, how the work is cut (mesh, micro-batches, remat),
+    and what only watches: evaluation, checkpoints, limits, logs.
+    """
+    prefixes = ["" if name == "main" else f"stages.{name}." for name in config.recipe]
+    begun = [f"{prefix}steps" for prefix in prefixes[:-1]]
+    return (*_RUN_IDENTITY, *(prefix + key for prefix in {"", *prefixes} for key in _STAGE_IDENTITY), *begun)

@@ -106,7 +106,7 @@ def _decode_shard(
 
         def write(column: Array, value: Array, empty: Any) -> Array:
             value = jnp.where(s.running, value.astype(column.dtype), empty)
-            return jax.lax.dynamic_update_slice(column, value[:, None], (0, s.step))
+            return jax.lax.dynamic_update_slice(column, value[:, None], (jnp.int32(0), s.step))
 
         position = lengths + s.step
         columns = jnp.arange(p + budget)

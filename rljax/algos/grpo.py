@@ -1,6 +1,7 @@
 """GRPO (2402.03300) and what is made of its pieces: Dr. GRPO (2503.20783), DAPO (2503.14476), Lite PPO (2508.08221)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +16,31 @@ from rljax.losses.advantages import (
     normalize_rewards,
 )
 from rljax.losses.kl import k3
-from rljax.losses.masked import AGGREGATIONS, Aggregation, constant_length, count_tokens, masked_sum
+from rljax.losses.masked import AGGREGATIONS, Aggregation, constant_length, count_tokens, masked_sum, zero_masked
 from rljax.losses.policy import clipped_surrogate, dual_clip, is_clipped_high, is_clipped_low
 from rljax.types import FINISH_END, Experience, Outputs, Term
+
+Statistic = Literal["group", "batch", "running", "none"]
+AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """``clip_low`` and ``clip_high`` are the distances of the clip's edges from 1."""
-
     kl_coef: float  # of k3 against the reference, in the loss; 0 loads no reference
-    clip_low: float
-    clip_high: float
-    advantage_mean: str  # group | batch | running | none
-    advantage_std: str  # the same set; batch is of the raw rewards
-    aggregation: str  # token_mean | sequence_mean_token_mean | sequence_mean_token_sum | constant_length
+    clip_low: float  # the ratio is clipped below 1 - clip_low
+    clip_high: float  # and above 1 + clip_high
+    advantage_mean: Statistic  # what is subtracted from a reward
+    advantage_std: Statistic  # what it is divided by; batch is of the raw rewards
+    aggregation: AggregationName  # how the losses of tokens become one number
     dual_clip: float | None = None  # bound of the loss where the advantage is negative (1912.09729); usually 3
-    entropy_coef: float = 0.0
+    entropy_coef: float = 0.0  # of the entropy, which is rewarded
     mask_truncated: bool = False  # completions cut by the budget count in the statistics and not in the loss
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
-    """Raises KeyError on an aggregation or a statistic that does not exist."""
+    """Raises ValueError where a statistic of a group is asked for and groups have one member."""
+    if group_size == 1 and "group" in (config.advantage_mean, config.advantage_std):
+        raise ValueError("advantages compare the completions of one prompt; set rollout.group_size to 2 or more")
     aggregation = _aggregation(config.aggregation, max_new_tokens)
 
     def targets(moments: RunningMoments, experience: Experience) -> tuple[RunningMoments, Batch]:
@@ -73,26 +77,27 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
         assert outputs.entropy is not None  # it is in needs
-        mask, advantages, old = batch["loss_mask"], batch["advantages"], batch["behavior_logprobs"]
-        surrogate = clipped_surrogate(outputs.logprobs, old, advantages, config.clip_low, config.clip_high)
+        mask = batch["loss_mask"]
+        logprobs, entropy, old, advantages = zero_masked(
+            mask, outputs.logprobs, outputs.entropy, batch["behavior_logprobs"], batch["advantages"]
+        )
+        surrogate = clipped_surrogate(logprobs, old, advantages, config.clip_low, config.clip_high)
         if config.dual_clip:
             surrogate = dual_clip(surrogate, advantages, config.dual_clip)
         terms = {
             "policy": Term(aggregation.numerator(surrogate, mask), "aggregated"),
             "clip_fraction_low": Term(
-                count_tokens(mask & is_clipped_low(outputs.logprobs, old, advantages, config.clip_low)), "tokens", 0.0
+                count_tokens(mask & is_clipped_low(logprobs, old, advantages, config.clip_low)), "tokens", 0.0
             ),
             "clip_fraction_high": Term(
-                count_tokens(mask & is_clipped_high(outputs.logprobs, old, advantages, config.clip_high)), "tokens", 0.0
+                count_tokens(mask & is_clipped_high(logprobs, old, advantages, config.clip_high)), "tokens", 0.0
             ),
-            "entropy": Term(masked_sum(outputs.entropy, mask), "tokens", 0.0),
+            "entropy": Term(masked_sum(entropy, mask), "tokens", 0.0),
         }
         if config.entropy_coef:
-            terms["entropy_bonus"] = Term(
-                aggregation.numerator(outputs.entropy, mask), "aggregated", -config.entropy_coef
-            )
+            terms["entropy_bonus"] = Term(aggregation.numerator(entropy, mask), "aggregated", -config.entropy_coef)
         if config.kl_coef:
-            kl = k3(outputs.logprobs, batch["ref_logprobs"])
+            kl = k3(logprobs, zero_masked(mask, batch["ref_logprobs"]))
             terms["kl"] = Term(aggregation.numerator(kl, mask), "aggregated", config.kl_coef)
         return terms
 

@@ -99,7 +99,7 @@ def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], la
 
     def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2)[None] for x in (k, v))
-        at = (layer, 0, 0, start, 0)
+        at = tuple(jnp.int32(i) for i in (layer, 0, 0, start, 0))  # one type, in float64 runs too
         cache = Cache(
             jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
             jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),

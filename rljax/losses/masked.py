@@ -21,8 +21,15 @@ def zero_masked(mask: Bool[Array, "*s"], *arrays: Float[Array, "*s"]) -> Any:
     """Each array with 0 where the mask is False, in float32 or wider: the inner half of a double ``where``.
 
     A NaN that enters ``exp`` comes back in the gradient even if the result is masked later (0 · NaN), so it is taken
-    out before. One array in, one array out; several in, a tuple out.
+    out before. One array in, one array out; several in, a tuple out. ValueError on an array with another number of
+    axes than the mask: [b] beside [b, t] would broadcast along the wrong one where b = t.
     """
+    for x in arrays:
+        if jnp.ndim(x) != jnp.ndim(mask):
+            raise ValueError(
+                f"an array of shape {jnp.shape(x)} stands beside a mask of shape {jnp.shape(mask)}; "
+                "give one entry for each of the mask's (broadcast_to_tokens spreads one number a row)"
+            )
     zeroed = tuple(jnp.where(mask, at_least_float32(x), 0) for x in arrays)
     return zeroed[0] if len(zeroed) == 1 else zeroed
 

@@ -110,6 +110,12 @@ def test_low_precision_is_summed_in_float32():
     assert masked_sum(ones, ones > 0).dtype == jnp.float32
 
 
+def test_an_array_of_another_shape_is_refused_even_where_it_would_broadcast():
+    for function in (masked_sum, masked_mean, lambda x, mask: whiten(x, mask), lambda x, mask: zero_masked(mask, x)):
+        with pytest.raises(ValueError, match=r"shape \(3,\) stands beside a mask of shape \(3, 3\)"):
+            function(jnp.ones(3), MASK)
+
+
 def test_constant_length_refuses_an_empty_budget():
     with pytest.raises(ValueError, match="max_tokens=0"):
         constant_length(0)

@@ -1,12 +1,13 @@
 """Parameters to a Hugging Face folder that transformers loads with the same logits."""
 
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,11 +26,9 @@ STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Tensor(NamedTuple):
-    """One tensor to write; ``layer`` of a stacked leaf, None of another."""
-
     name: str
     leaf: Leaf
-    layer: int | None
+    layer: int  # of a stacked leaf; 0 of another
 
 
 def save_hf(
@@ -133,15 +132,11 @@ def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str
 
 
 def _tensors(model: Model) -> list[Tensor]:
-    return [
-        Tensor(name, leaf, layer if leaf.stacked else None)
-        for leaf in leaves(model)
-        for layer, name in enumerate(leaf.names)
-    ]
+    return [Tensor(name, leaf, layer) for leaf in leaves(model) for layer, name in enumerate(leaf.names)]
 
 
 def _size(tensor: Tensor, item_bytes: int) -> int:
-    return int(np.prod(tensor.leaf.shape)) * item_bytes
+    return math.prod(tensor.leaf.stored_shape) * item_bytes
 
 
 def _shards(tensors: Sequence[Tensor], item_bytes: int, max_bytes: float) -> list[list[Tensor]]:
@@ -160,17 +155,19 @@ def _shards(tensors: Sequence[Tensor], item_bytes: int, max_bytes: float) -> lis
 
 def _host_tensor(tensor: Tensor, params: Params, dtype: str) -> np.ndarray:
     """As it is stored, on every process's host."""
-    array = get(params, tensor.leaf.path)
+    leaf, array = tensor.leaf, get(params, tensor.leaf.path)
     everywhere = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, jax.P())
-    host = np.asarray(_take(array, tensor.layer, dtype, everywhere))
-    return tensor.leaf.to_stored(host[: tensor.leaf.shape[0]])  # what is cut pads the vocabulary
+    take = _take_program(leaf._replace(path=(), names=()), dtype, everywhere)
+    return np.asarray(take(array, tensor.layer))[: leaf.stored_shape[0]]  # what is cut pads the vocabulary
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _take(array: Array, layer: int | None, dtype: str, sharding: NamedSharding | None) -> Array:
-    part = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    part = part.astype(dtype)
-    return part if sharding is None else jax.lax.with_sharding_constraint(part, sharding)
+@cache
+def _take_program(leaf: Leaf, dtype: str, sharding: NamedSharding | None) -> Callable[[Array, int], Array]:
+    def take(array: Array, layer: Array) -> Array:
+        part = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if leaf.stacked else array
+        return leaf.to_stored(part).astype(dtype)
+
+    return jax.jit(take, out_shardings=sharding)
 
 
 def _write_safetensors(file: BinaryIO, shard: Sequence[Tensor], arrays: Iterator[np.ndarray], dtype: str) -> None:

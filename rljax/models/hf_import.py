@@ -1,6 +1,10 @@
 """Hugging Face folders to parameters: one tensor at a time, each process reading only the slices that it holds."""
 
+import json
+import math
+import mmap
 import os
+import struct
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -21,13 +25,14 @@ from rljax.models.hf_tensors import Leaf, get, leaves
 from rljax.models.params import param_shardings
 from rljax.sharding import Layout
 
-READABLE = ("F64", "F32", "F16", "BF16")
+READABLE = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 # Buffers that old checkpoints carry and the config already says.
 IGNORED = ("rotary_emb.inv_freq",)
 
 
 class Stored(NamedTuple):
     file: Path
+    offset: int  # in bytes
     shape: tuple[int, ...]
     dtype: str
 
@@ -58,80 +63,76 @@ def load_params(path: str | os.PathLike, model: Model, layout: Layout, dtype: An
     shardings = param_shardings(model, layout)
     params: Params = {"layers": {}}
     for leaf in plan:
-        array = _load_leaf(leaf, stored, get(shardings, leaf.path), dtype, model)
+        array = _load_leaf(leaf, stored, get(shardings, leaf.path), dtype)
         get(params, leaf.path[:-1])[leaf.path[-1]] = array
     return params
 
 
-def _load_leaf(leaf: Leaf, stored: dict[str, Stored], sharding: NamedSharding, dtype: Any, model: Model) -> Array:
-    if not leaf.stacked:
-        rows = model.config.padded_vocab if len(leaf.shape) == 2 else leaf.shape[0]
-        return _read_layer(leaf, stored[leaf.names[0]], leaf.names[0], (rows, *leaf.shape[1:]), sharding, dtype)
-    layer_sharding = NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
-    begin, write = _stack_programs((len(leaf.names), *leaf.shape), dtype, sharding)
-    stack = begin()
+def _load_leaf(leaf: Leaf, stored: dict[str, Stored], sharding: NamedSharding, dtype: Any) -> Array:
+    """Tensors travel as they are stored; the device turns and casts them."""
+    convert, begin, write = _programs(leaf._replace(path=(), names=()), len(leaf.names), dtype, sharding)
+    array = begin() if leaf.stacked else None
     for index, name in enumerate(leaf.names):
-        layer = _read_layer(leaf, stored[name], name, leaf.shape, layer_sharding, dtype)
-        # Waiting keeps the next tensor off the host until this one is in place.
-        stack = jax.block_until_ready(write(stack, layer, index))
-    return stack
+        tensor = _read(leaf, stored[name], leaf.stored_sharding(sharding))
+        array = convert(tensor) if array is None else write(array, tensor, index)
+        # Wait and let go, so that the next tensor comes to the host when this one has left it.
+        jax.block_until_ready(array)
+        del tensor
+    assert array is not None
+    return array
 
 
 @cache
-def _stack_programs(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> tuple[Callable, Callable]:
-    """Make a stack of layers, and write one of them in place; leaves of one shape share them."""
+def _programs(leaf: Leaf, layers: int, dtype: Any, sharding: NamedSharding) -> tuple[Callable, Callable, Callable]:
+    """A whole leaf from its tensor; an empty stack; a layer of a stack, in place. Leaves of one shape share them."""
 
-    def write(stack: Array, layer: Array, index: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+    def convert(tensor: Array) -> Array:
+        # A copy where nothing else is done: the tensor may be a view of the file.
+        return jnp.array(leaf.from_stored(tensor), dtype, copy=True)
 
-    begin = partial(jnp.zeros, shape, dtype)
-    return jax.jit(begin, out_shardings=sharding), jax.jit(write, out_shardings=sharding, donate_argnums=0)
+    def write(stack: Array, tensor: Array, index: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, leaf.from_stored(tensor).astype(dtype), index, 0)
+
+    begin = partial(jnp.zeros, (layers, *leaf.shape), dtype)
+    placed = partial(jax.jit, out_shardings=sharding)
+    return placed(convert), placed(begin), placed(write, donate_argnums=0)
 
 
-def _read_layer(
-    leaf: Leaf, tensor: Stored, name: str, shape: tuple[int, ...], sharding: NamedSharding, dtype: Any
-) -> Array:
-    """One tensor as a global array. Devices of this process that hold the same part share one read."""
-    parts: dict[str, np.ndarray] = {}
+def _read(leaf: Leaf, tensor: Stored, sharding: NamedSharding) -> Array:
+    """One tensor as a global array, of which this process reads only its own slices; zeros pad the vocabulary."""
+    with tensor.file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    data = np.frombuffer(pages, READABLE[tensor.dtype], math.prod(tensor.shape), tensor.offset).reshape(tensor.shape)
 
     def part(index: Any) -> np.ndarray:
-        if str(index) not in parts:
-            parts[str(index)] = _read_part(leaf, tensor, name, shape, index, dtype)
-        return parts[str(index)]
+        found = data[index]
+        missing = len(range(*index[0].indices(leaf.padded_shape[0]))) - len(found)
+        return np.pad(found, [(0, missing)] + [(0, 0)] * (found.ndim - 1)) if missing else found
 
-    return jax.make_array_from_callback(shape, sharding, part)
-
-
-def _read_part(
-    leaf: Leaf, tensor: Stored, name: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any
-) -> np.ndarray:
-    sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
-    stored_index = leaf.stored_index(index)
-    if any(cut.start == cut.stop for cut in stored_index):
-        return np.zeros(sizes, dtype)  # nothing but padding
-    # Opened for each tensor, so that the pages mapped for the last one are let go.
-    with safe_open(tensor.file, framework="numpy") as file:
-        values = leaf.from_stored(file.get_slice(name)[stored_index], index)
-    if list(values.shape) == sizes:
-        return np.ascontiguousarray(values, dtype)
-    padded = np.zeros(sizes, dtype)
-    padded[: values.shape[0]] = values
-    return padded
+    array = jax.block_until_ready(jax.make_array_from_callback(leaf.padded_shape, sharding, part))
+    # The file's pages count as this process's memory until they are let go.
+    pages.madvise(mmap.MADV_DONTNEED)
+    return array
 
 
 def _list_tensors(folder: Path) -> dict[str, Stored]:
-    """Name to file, shape and dtype, from the headers alone."""
+    """Every tensor of the folder, from the headers alone."""
     found = {}
     for file in _weight_files(folder):
         try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no iterator)
-                    entry = tensors.get_slice(name)
-                    found[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
+            with safe_open(file, framework="numpy"):
+                pass  # the library's own checks, of the length against the header among them
+            with file.open("rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length))
         except FileNotFoundError:
             raise ModelFolderError(f"{folder}: the file {file.name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise ModelFolderError(f"{file} is cut off or no safetensors file ({error}); copy it again") from None
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            offset = 8 + length + entry["data_offsets"][0]
+            found[name] = Stored(file, offset, tuple(entry["shape"]), entry["dtype"])
     return found
 
 

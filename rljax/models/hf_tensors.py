@@ -4,7 +4,10 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from rljax.models.decoder import Model
 from rljax.models.layers import Param
@@ -20,58 +23,68 @@ STORED_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 class Leaf(NamedTuple):
-    """One array of the tree: a tensor per layer where it is stacked, one otherwise. Shapes are without padding."""
+    """One array of the tree: a tensor per layer where it is stacked, one otherwise."""
 
     path: tuple[str, ...]
     names: tuple[str, ...]  # in a Hugging Face checkpoint; one per layer where ``stacked``
     stacked: bool
     shape: tuple[int, ...]  # of one layer
     stored_axes: tuple[tuple[int, ...], ...]
+    stored_shape: tuple[int, ...]  # without the rows that pad the vocabulary
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[axis] for axis in axes) for axes in self.stored_axes)
+    def padded_shape(self) -> tuple[int, ...]:
+        """Of the stored tensor, with the rows that pad the vocabulary."""
+        return _merge(self.shape, self.stored_axes)
 
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return tuple(axis for axes in self.stored_axes for axis in axes)
+    def stored_sharding(self, sharding: NamedSharding) -> NamedSharding:
+        """For the stored tensor, so that making a layer of it moves nothing between devices. Head widths stay whole."""
+        spec = sharding.spec[1:] if self.stacked else sharding.spec
+        return NamedSharding(sharding.mesh, jax.P(*(spec[axes[0]] for axes in self.stored_axes)))
 
-    def stored_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slice of the stored tensor that holds ``index`` of the layer. Head widths are never cut."""
+    def from_stored(self, stored: Array) -> Array:
+        order = _flat(self.stored_axes)
+        return stored.reshape([self.shape[axis] for axis in order]).transpose([int(axis) for axis in np.argsort(order)])
 
-        def one(axes: tuple[int, ...]) -> slice:
-            start, stop, _ = index[axes[0]].indices(self.shape[axes[0]])
-            inner = math.prod(self.shape[axis] for axis in axes[1:])
-            return slice(start * inner, stop * inner)
+    def to_stored(self, layer: Array) -> Array:
+        return layer.transpose(_flat(self.stored_axes)).reshape(self.padded_shape)
 
-        return tuple(one(axes) for axes in self.stored_axes)
 
-    def from_stored(self, stored: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-        """``stored_index(index)`` of the tensor to ``index`` of the layer: a view where that can be."""
-        sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, self.shape, strict=True)]
-        return stored.reshape([sizes[axis] for axis in self._order]).transpose(np.argsort(self._order))
+def _flat(axes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(axis for group in axes for axis in group)
 
-    def to_stored(self, layer: np.ndarray) -> np.ndarray:
-        return layer.transpose(self._order).reshape(self.stored_shape)
+
+def _merge(shape: tuple[int, ...], axes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis] for axis in group) for group in axes)
 
 
 def leaves(model: Model) -> list[Leaf]:
     """Every leaf, in the one order that all processes follow."""
-    true_size = model._replace(config=dataclasses.replace(model.config, vocab_multiple=1))
-    declared = declare(true_size)
+    declared = _by_path(model)
+    true_size = _by_path(model._replace(config=dataclasses.replace(model.config, vocab_multiple=1)))
     keys = model.family.hf_keys(model.config)
 
     def leaf(path: tuple[str, ...], param: Param) -> Leaf:
-        key = keys[".".join(path)]
-        stacked = path[0] == "layers"
-        shape = param.shape[1:] if stacked else param.shape
-        layers = range(model.config.num_layers)
-        names = tuple(key.name.format(layer=layer) for layer in layers) if stacked else (key.name,)
-        same = tuple((axis,) for axis in range(len(shape)))
-        return Leaf(path, names, stacked, shape, same if key.kind == "same" else STORED_AXES[key.kind])
+        key, stacked = keys[".".join(path)], path[0] == "layers"
+        shape = param.shape[stacked:]
+        axes = STORED_AXES.get(key.kind) or tuple((axis,) for axis in range(len(shape)))
+        layers = range(model.config.num_layers if stacked else 1)
+        return Leaf(
+            path=path,
+            names=tuple(key.name.format(layer=layer) for layer in layers),
+            stacked=stacked,
+            shape=shape,
+            stored_axes=axes,
+            stored_shape=_merge(true_size[path].shape[stacked:], axes),
+        )
 
-    top = [leaf((name,), param) for name, param in declared.items() if name != "layers"]
-    return top + [leaf(("layers", name), param) for name, param in declared["layers"].items()]
+    return [leaf(path, param) for path, param in declared.items()]
+
+
+def _by_path(model: Model) -> dict[tuple[str, ...], Param]:
+    tree = declare(model)
+    paths: dict[tuple[str, ...], Param] = {(name,): param for name, param in tree.items() if name != "layers"}
+    return paths | {("layers", name): param for name, param in tree["layers"].items()}
 
 
 def get(tree: dict[str, Any], path: tuple[str, ...]) -> Any:

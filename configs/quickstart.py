@@ -23,12 +23,12 @@ def get_config() -> ConfigDict:
         config.model.architecture = ConfigDict(
             {
                 "model_type": "llama",
-                "hidden_size": 128,
-                "num_hidden_layers": 4,
+                "hidden_size": 96,
+                "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
-                "head_dim": 32,
-                "intermediate_size": 384,
+                "head_dim": 24,
+                "intermediate_size": 288,
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 10000.0,
                 "max_position_embeddings": 256,
@@ -36,15 +36,15 @@ def get_config() -> ConfigDict:
                 "initializer_range": 0.05,
             }
         )
-        config.data.options = ConfigDict({"difficulty": 3})
+        config.data.options = ConfigDict({"bounds": (2, 4, 9)})  # two to four numbers up to 9
         config.stages = ConfigDict(
             {
                 "warm_start": {
                     "algo": {"name": "sft"},
-                    "steps": 150,
+                    "steps": 130,
                     "data": {"train_rows": 4096},
                     "batch": {"rows": 64},
-                    "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 10},
+                    "optim": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10},
                 }
             }
         )
@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
     config.data.train_rows = 8192
     config.data.dev_rows = 128
     config.data.test_rows = 512
-    config.data.prompt_lengths = (20,)
-    config.data.row_length = 64
+    config.data.prompt_lengths = (12,)
+    config.data.row_length = 48
 
     config.algo.kl_coef = 0.0
     config.algo.clip_low = 0.2
@@ -61,12 +61,12 @@ def get_config() -> ConfigDict:
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "batch"
     config.algo.aggregation = "token_mean"
-    config.steps = 80
+    config.steps = 60
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
-    config.rollout.max_new_tokens = 48
+    config.rollout.max_new_tokens = 32
     config.reward.names = ("arithmetic",)
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 5
 
     config.eval.prompts_per_batch = 256

@@ -13,6 +13,7 @@ from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, StageConfig, identity_keys, resolved
 from rljax.data.batches import DataPosition, PromptSource, SupervisedSource
+from rljax.data.overlap import count_overlap
 from rljax.evaluate import Evaluator, sample_records, show
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Params
@@ -73,8 +74,12 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.open_things.close()
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or jax.process_count() == 1:
+            self.open_things.close()
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            error.add_note("Another process may have died: see its log. Started again, all go on from what is saved.")
+        # Else nothing is closed: that would wait for peers, who wait for this process in a collective of their own.
 
     @property
     def config(self) -> Config:
@@ -142,9 +147,34 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         preemption = stack.enter_context(Preemption())
         compiles = CompileCounter()
         stack.callback(compiles.close)
+        if not resumes:
+            _report_data(writer, sources, evaluators)
         return Run(
             session, runner, writer, checkpoints, preemption, compiles, sources, evaluators, progress, stack.pop_all()
         )
+
+
+def _report_data(writer: MetricsWriter, sources: list, evaluators: dict[str, Evaluator]) -> None:
+    """Count, before the run, what training and evaluation share, what stands twice and what did not fit."""
+    train = sources[-1]
+    found = {split: count_overlap(train.rows, e.source.rows) for split, e in evaluators.items()}
+    for split, overlap in found.items():
+        if overlap.shared_ngrams:
+            pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
+            writer.say(f"warning: {split}: {overlap} (rows {pairs})")
+    for split, kept in (("train", train.kept), *((split, e.source.kept) for split, e in evaluators.items())):
+        if kept.dropped:
+            writer.say(f"{split}: {kept}")
+    writer.write(
+        0,
+        "data",
+        {
+            "data/overlap_exact": sum(overlap.exact for overlap in found.values()),
+            "data/overlap_8gram": sum(overlap.shared_ngrams for overlap in found.values()),
+            "data/duplicates": max((overlap.train_duplicates for overlap in found.values()), default=0),
+            "data/too_long": train.kept.dropped,
+        },
+    )
 
 
 def train(run: Run) -> None:

@@ -93,6 +93,11 @@ def cut_rows(tree: PyTree, pieces: int, layout: Layout) -> PyTree:
     return jax.tree.map(cut, tree)
 
 
+def take_rows(tree: PyTree, rows: Int[Array, "pieces n"], layout: Layout) -> PyTree:
+    """[rows, ...] to [pieces, n, ...] by number, each piece over all data shards."""
+    return jax.tree.map(lambda x: layout.constrain(x[rows], None, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
 def join_rows(tree: PyTree, layout: Layout) -> PyTree:
     """The inverse of ``cut_rows``."""
     shards = layout.data_shards
@@ -156,12 +161,11 @@ def make_update(
 
     def update(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, dict[str, Array]]:
         def epoch(state: TrainState, number: Array) -> tuple[TrainState, dict[str, Array]]:
-            shuffled = batch
+            minibatches = cut_rows(batch, 1, forward.layout)
             if plan.minibatches > 1:
+                # Which rows make a minibatch is drawn over all of them: the mesh has no part in it.
                 order = jax.random.permutation(jax.random.fold_in(key, number), batch["tokens"].shape[0])
-                shuffled = jax.tree.map(lambda x: x[order], batch)
-                shuffled = jax.lax.with_sharding_constraint(shuffled, forward.layout.rows)
-            minibatches = cut_rows(shuffled, plan.minibatches, forward.layout)
+                minibatches = take_rows(batch, order.reshape(plan.minibatches, -1), forward.layout)
             return jax.lax.scan(partial(_optimizer_step, algorithm, forward, optimizer, plan), state, minibatches)
 
         state, metrics = jax.lax.scan(epoch, state, jnp.arange(plan.epochs))

@@ -75,8 +75,8 @@ class RunningMoments(NamedTuple):
 
 
 def empty_moments() -> RunningMoments:
-    """Nothing seen yet."""
-    return RunningMoments(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    """Nothing seen yet. In float32, in float64 where JAX has it enabled: merging does not change the type."""
+    return RunningMoments(*(jnp.zeros(()) for _ in range(3)))
 
 
 def moments_of(x: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> RunningMoments:

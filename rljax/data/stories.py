@@ -47,8 +47,8 @@ def make_rows(
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
-    are the opening's own, which a story that keeps to its subject takes up again. A story's first sentence decides its split, so no
-    story and no prompt is in two. ``count`` rows in an order of the seed, or all of them. Raises ValueError.
+    are the opening's own, which a story that keeps to its subject takes up again. A story's first sentence decides its
+    split, so no story and no prompt is in two. ``count`` rows in an order of the seed, or all. Raises ValueError.
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")

@@ -24,6 +24,10 @@ from rljax.steps import Forward
 # One fold of the root key for each purpose: no key is ever stored, split in sequence or used twice.
 ROLLOUT_KEY, SHUFFLE_KEY, EVAL_KEY, CONTROL_KEY = range(4)
 
+# With several processes, seconds: one that died is missed after the first, and its peers end themselves. One that left
+# with an error of its own waits for them in vain for the second, and then all end.
+DEAD_PEER_S, FAREWELL_S = 30, 60
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
@@ -104,11 +108,10 @@ def start_devices(config: Config) -> None:
 
 def _join_peers(text: str) -> None:
     """``host:port,count,index``, or automatic where a TPU slice or Slurm says that there are several processes."""
-    if text:
-        address, count, index = _parse_peers(text)
-        jax.distributed.initialize(address, count, index)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+    peers = _parse_peers(text) if text else ()
+    on_slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if peers or on_slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(*peers, heartbeat_timeout_seconds=DEAD_PEER_S, shutdown_timeout_seconds=FAREWELL_S)
 
 
 def _parse_peers(text: str) -> tuple[str, int, int]:

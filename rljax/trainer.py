@@ -75,11 +75,12 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or jax.process_count() == 1:
-            self.open_things.close()
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            error.add_note("Another process may have died: see its log. Started again, all go on from what is saved.")
-        # Else nothing is closed: that would wait for peers, who wait for this process in a collective of their own.
+        if error is not None and jax.process_count() > 1:
+            error.add_note(
+                "If another process died first, its log says why. Started again, all go on from what is saved."
+            )
+            return  # closing would wait for peers, who wait for this process in a collective
+        self.open_things.close()
 
     @property
     def config(self) -> Config:

@@ -42,13 +42,16 @@ def make_rows(
     max_prompt_chars: int = 200,
     min_occurrences: int = 20,
     words_from: str = "continuation",
+    keep_space: bool = True,
 ) -> list[dict[str, Any]]:
     """Rows ``prompt`` (a story's opening), ``words`` (required), ``continuation`` (the real one) and ``dataset``.
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
-    are the opening's own, which a story that keeps to its subject takes up again. A story's first sentence decides its
-    split, so no story and no prompt is in two. ``count`` rows in an order of the seed, or all. Raises ValueError.
+    are the opening's own, which a story that keeps to its subject takes up again. With ``keep_space`` the white space
+    behind the opening is part of the prompt: tinystories656K has tokens that end in a space and takes an opening
+    without it for a finished story. A story's first sentence decides its split, so no story and no prompt is in two.
+    ``count`` rows in an order of the seed, or all. Raises ValueError.
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
@@ -66,7 +69,8 @@ def make_rows(
         cut = sentence_ends(story)
         if len(cut) < opening_sentences or split_of("story:" + story[: cut[0]]) != split:
             continue
-        prompt, continuation = story[: cut[opening_sentences - 1]], story[cut[opening_sentences - 1] :]
+        end = cut[opening_sentences - 1]
+        prompt, continuation = story[:end], story[end:]
         opening = set(content_words(prompt))
         told = dict.fromkeys(content_words(continuation))
         candidates = [w for w in told if w in known and (w in opening) == (words_from == "opening")]
@@ -74,7 +78,9 @@ def make_rows(
             continue  # many stories open alike: a prompt is asked once
         chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
         required = [candidates[i] for i in sorted(chosen)]
-        rows[prompt] = {"prompt": prompt, "words": required, "continuation": continuation, "dataset": "stories"}
+        if keep_space:
+            end += len(continuation) - len(continuation.lstrip())
+        rows[prompt] = {"prompt": story[:end], "words": required, "continuation": story[end:], "dataset": "stories"}
     if count is not None and count > len(rows):
         raise ValueError(f"{path} gives {len(rows)} story prompts in split {split!r}, not {count}; ask for fewer")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]

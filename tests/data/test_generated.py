@@ -103,8 +103,21 @@ def test_story_prompts_of_the_real_files(data_dir, files):
         assert len(row["words"]) == 2
         for word in row["words"]:
             assert re.search(rf"\b{word}\b", row["continuation"]) and not re.search(rf"\b{word}\b", row["prompt"])
+        assert row["prompt"] != row["prompt"].rstrip() and row["continuation"] == row["continuation"].lstrip()
     assert stories.make_rows(split="dev", path=path, count=5, seed=1) != rows["dev"][:5]
     assert stories.make_rows(split="dev", path=path, count=5) == rows["dev"][:5]
+
+
+def test_story_words_and_openings_as_asked(data_dir):
+    path = str(data_dir / "datasets/text/tinystories_a.txt")
+    bare = stories.make_rows(split="dev", path=path, keep_space=False)
+    assert all(row["prompt"] == row["prompt"].rstrip() for row in bare)
+    for row in stories.make_rows(split="dev", path=path, words_from="opening", opening_sentences=2, words=1):
+        (word,) = row["words"]
+        assert re.search(rf"\b{word}\b", row["prompt"]) and re.search(rf"\b{word}\b", row["continuation"])
+        assert len(stories.sentence_ends(row["prompt"])) == 2
+    with pytest.raises(ValueError, match="words_from the continuation or the opening, not 'title'"):
+        stories.make_rows(split="dev", path=path, words_from="title")
 
 
 def test_story_file_missing(tmp_path):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attend, Cache, full_attend
 from rljax.models.layers import (
+    PRODUCT,
     Param,
     Rope,
     RopeScaling,
@@ -144,7 +145,7 @@ def ffn_sublayer(c: DecoderConfig, layout: Layout, w: Params, x: Array) -> Float
 REMAT_POLICIES = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -162,7 +163,8 @@ def forward(
 ) -> tuple[Float[Array, "b t d"], Any]:
     """Hidden states after the final norm, and the cache. Heads and log-probs are taken from these, in chunks.
 
-    ``remat`` names what the backward pass keeps of a block: none (everything), block (its input), dots (its products).
+    ``remat`` names what the backward pass finds kept of a block: none (remat; everything is), block (its input), dots
+    (its products with weights, not attention's).
     """
     c = model.config
     x = layout.constrain(params["embed"][tokens].astype(dtype), "batch", None, None)
@@ -213,6 +215,15 @@ def check_tensor_degree(config: DecoderConfig, tensor: int) -> None:
         raise ValueError(
             f"mesh: a tensor degree of {tensor} does not divide {config.num_heads} query heads over "
             f"{config.num_kv_heads} kv heads; valid degrees are {', '.join(map(str, valid))}"
+        )
+
+
+def check_length(config: DecoderConfig, length: int) -> None:
+    """Raises ValueError where a row of ``length`` real tokens would go past the positions that the model knows."""
+    if length > config.max_positions:
+        raise ValueError(
+            f"rows of {length} tokens (prompt and completion) are longer than the {config.max_positions} positions of "
+            "this model; lower the prompt length or max_new_tokens"
         )
 
 

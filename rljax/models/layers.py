@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +21,9 @@ class Param(NamedTuple):
     init: str = "normal"  # normal | ones | zeros
 
 
+PRODUCT = "product"  # what a remat policy calls the result of ``dot``; a policy cannot look into a custom derivative
+
+
 def dot(x: Float[Array, "*rows c"], w: Float[Array, "..."], contracted: int = 1) -> Float[Array, "..."]:
     """Contract the last ``contracted`` axes of x with the first of w: the one door for weights.
 
@@ -27,7 +31,8 @@ def dot(x: Float[Array, "*rows c"], w: Float[Array, "..."], contracted: int = 1)
     """
     rows, inner = x.ndim - contracted, "uvw"[:contracted]
     outer = "xyz"[: w.ndim - contracted]
-    return contract(f"{'abcde'[:rows]}{inner},{inner}{outer}->{'abcde'[:rows]}{outer}", x, w, x.dtype)
+    product = contract(f"{'abcde'[:rows]}{inner},{inner}{outer}->{'abcde'[:rows]}{outer}", x, w, x.dtype)
+    return checkpoint_name(product, PRODUCT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from rljax.models.decoder import Model, Params
 from rljax.models.hf import ModelFolderError, load_config, load_generation_config, load_params, save_hf
-from rljax.models.params import init_params, parameter_count
+from rljax.models.params import init_params, param_shardings, parameter_count
 from tests.conftest import ROOT
 from tests.models.tiny import layout, tiny_model
 
@@ -26,7 +26,7 @@ from tests.models.tiny import layout, tiny_model
 @pytest.fixture(scope="module")
 def made() -> tuple[Model, Params]:
     model = tiny_model("qwen3", tie_word_embeddings=True).padded_for(4)
-    return model, init_params(model, layout("1,2,4"), seed=0)
+    return model, jax.device_put(init_params(model, layout(), seed=0), param_shardings(model, layout("1,2,4")))
 
 
 def equal(a: Params, b: Params) -> bool:

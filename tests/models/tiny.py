@@ -1,5 +1,6 @@
 """Small models for tests: made by hand, or cut down from the config.json of real ones."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,10 @@ TINY = {
 
 def tiny_model(family: str = "llama", **changes: Any) -> Model:
     return Model(FAMILIES[family], FAMILIES[family].from_hf({"model_type": family, **TINY, **changes}))
+
+
+def with_fields(model: Model, **changes: Any) -> Model:
+    return model._replace(config=dataclasses.replace(model.config, **changes))
 
 
 def layout(text: str = "1,1,1") -> Layout:

@@ -1,16 +1,28 @@
-"""The smallest whole run, as a config for this process and as a command for others."""
+"""The smallest whole run: as a config for this process, as a command for others, and what it leaves behind."""
 
+import atexit
+import functools
+import json
+import os
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from rljax.metrics import is_measured
 from rljax.rewards.base import Score
 from tests.configs import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Half the compile time; what two runs have in common does not depend on it.
+QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def tiny_config(**overrides: Any) -> ConfigDict:
@@ -20,16 +32,67 @@ def tiny_config(**overrides: Any) -> ConfigDict:
     return config
 
 
-def tiny_command(**overrides: Any) -> list[str]:
+def tiny_command(folder: Path, module: tuple[str, ...] = ("rljax.main",), **overrides: Any) -> list[str]:
     """The command, to be run in ROOT, that does the same from a shell."""
+    overrides = {"output_dir": folder, "compilation_cache": programs(), **overrides}
     settings = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return [sys.executable, "-m", "rljax.main", "--config", "tests/configs/tiny.py", *settings]
+    return [sys.executable, "-W", "ignore", "-m", *module, "--config", "tests/configs/tiny.py", *settings]
+
+
+def start(command: list[str], log: Path, **env: str) -> subprocess.Popen:
+    """The command as a process of its own, which says what it has to say in ``log``."""
+    with log.open("w") as out:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **QUICK_COMPILE, **env}, stdout=out, stderr=subprocess.STDOUT
+        )
+
+
+def run(command: list[str], log: Path, **env: str) -> int:
+    """The exit status of the command, negative for a signal."""
+    process = start(command, log, **env)
+    try:
+        return process.wait(timeout=600)
+    finally:
+        process.kill()
+
+
+@functools.cache
+def programs() -> Path:
+    """Compiled programs of this test session, for all its processes."""
+    folder = tempfile.mkdtemp(prefix="rljax-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote, but for measurements and for events: equal for equal runs, to the last bit.
+
+    Of the final state it has the checksum of every leaf, of the policy the exported file too.
+    """
+    records = [record for record in lines(folder) if record["phase"] != "event"]
+    newest = max(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
+    return {
+        "metrics": [{k: v for k, v in record.items() if not is_measured(k)} for record in records],
+        "samples": lines(folder, "samples.jsonl"),
+        "state": json.loads((folder / "checkpoints" / str(newest) / "record" / "metadata").read_text()),
+        "policy": (folder / "model" / "model.safetensors").read_bytes(),
+    }
 
 
 def even_share(prompt: str, completion: str) -> Score:
     """A reward that random weights get a part of at once: the share of even digits, right from a half on."""
     share = sum(c in "02468" for c in completion) / max(len(completion), 1)
     return Score(share, correct=share >= 0.5)
+
+
+def slow_share(prompt: str, completion: str) -> Score:
+    """The same, in a time that leaves room for a kill."""
+    time.sleep(0.05)
+    return even_share(prompt, completion)
 
 
 def any_number(prompt: str, completion: str) -> float:

@@ -1,0 +1,106 @@
+"""A run that was stopped and started again is the run that was not: every metric, every sample, every bit."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rljax.config import make_config
+from rljax.runs import ConfigMismatch
+from rljax.session import open_session
+from rljax.trainer import open_training
+from tests.saved_states import flip_a_bit, largest_file
+from tests.tiny import left_behind, lines, run, tiny_command, tiny_config
+
+# State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch.
+EVERYTHING = {"algo.advantage_std": "running", "reference_ema": 0.9, "data.train_rows": 40}
+
+
+def resumed_at(log: Path) -> int:
+    """The step that a process went on from; 0 for a beginning."""
+    return int((re.findall(r"going on from step (\d+)", log.read_text()) or [0])[-1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(tiny_command(folder / "run", **EVERYTHING), folder / "log") == 0, (folder / "log").read_text()
+    return left_behind(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def asked_to_leave(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run that SIGTERM stopped in step 5, and what it said."""
+    folder = tmp_path_factory.mktemp("asked")
+    command = tiny_command(folder / "run", ("tests.stops_itself", "asked", "5"), **EVERYTHING)
+    assert run(command, folder / "log") == 0, (folder / "log").read_text()
+    return folder / "run", (folder / "log").read_text()
+
+
+def test_killed_and_started_again_equals_uninterrupted(tmp_path, uninterrupted):
+    log, came_from = tmp_path / "log", []
+    for place, step in (("record", 2), ("stage", 3), ("save", 6), ("record", 8)):
+        command = tiny_command(tmp_path / "run", ("tests.stops_itself", place, str(step)), **EVERYTHING)
+        assert run(command, log) == -9, log.read_text()
+        came_from.append(resumed_at(log))
+    assert run(tiny_command(tmp_path / "run", **EVERYTHING), log) == 0, log.read_text()
+    came_from.append(resumed_at(log))
+    # The first kill came before any checkpoint; whether that of step 6 was complete a kill does not tell.
+    assert came_from[:3] == [0, 0, 2] and came_from[3] in (4, 6) and came_from[4] in (4, 6)
+    assert left_behind(tmp_path / "run") == uninterrupted
+    assert not [path for path in (tmp_path / "run").rglob("*tmp*")]
+
+
+def test_sigterm_saves_that_step_and_the_same_command_goes_on(tmp_path, asked_to_leave, uninterrupted):
+    folder, said = asked_to_leave
+    assert "asked to leave: step 5 is saved; the same command goes on from there" in said
+    assert max(record["step"] for record in lines(folder)) == 5
+    shutil.copytree(folder, tmp_path / "run")
+    assert run(tiny_command(tmp_path / "run", **EVERYTHING), tmp_path / "log") == 0
+    assert resumed_at(tmp_path / "log") == 5
+    assert left_behind(tmp_path / "run") == uninterrupted
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, asked_to_leave, uninterrupted):
+    shutil.copytree(asked_to_leave[0], tmp_path / "run")
+    log, checkpoints = tmp_path / "log", tmp_path / "run" / "checkpoints"
+    flip_a_bit(largest_file(checkpoints / "5" / "state"))
+    assert run(tiny_command(tmp_path / "run", **EVERYTHING), log) == 2
+    sentence = log.read_text().splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: checkpoint {checkpoints}/5 is damaged \(.+\); delete it to go on from step 4", sentence
+    )
+    shutil.rmtree(checkpoints / "5")
+    assert run(tiny_command(tmp_path / "run", **EVERYTHING), log) == 0, log.read_text()
+    assert resumed_at(log) == 4
+    assert left_behind(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("model.architecture.hidden_size", 64),
+        ("data.seed", 1),
+        ("data.train_rows", 32),
+        ("rollout.group_size", 4),
+        ("stages.warm_start.batch.rows", 8),
+        ("stages.warm_start.steps", 4),
+        ("algo.kl_coef", 0.1),
+    ],
+)
+def test_what_may_not_change_is_refused_by_name(asked_to_leave, key, value):
+    folder, _ = asked_to_leave
+    before = (folder / "config.json").read_bytes()
+    config = make_config(tiny_config(**{"output_dir": str(folder), **EVERYTHING, key: value}))
+    with pytest.raises(ConfigMismatch, match=rf"belongs to another run: {key} is .+ there and {value} here"):
+        open_training(open_session(config))
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path, asked_to_leave):
+    assert run(tiny_command(asked_to_leave[0], seed=1, **EVERYTHING), tmp_path / "log") == 2
+    said = (tmp_path / "log").read_text().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: output_dir ") and "seed is 0 there and 1 here" in said[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from rljax.models.hf import load_config, load_params, save_hf
+from rljax.models.hf import ModelFolderError, load_config, load_params, save_hf
 from rljax.models.layers import rope_frequencies
 from rljax.models.params import parameter_count
 from tests.models.tiny import REAL_CONFIGS, cut_down, layout, left_padded, random_tokens, real_config, row_logits
@@ -56,9 +55,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def reference(
-    request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Reference]:
+def reference(request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     config = variant_config(data_dir, request.param)
     source = tmp_path_factory.mktemp("config")
     (source / "config.json").write_text(json.dumps(config))
@@ -66,7 +63,7 @@ def reference(
     randomise(model)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    yield Reference(folder, config, model)
+    return Reference(folder, config, model)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -146,28 +143,35 @@ def test_rope_scaling_llama3(data_dir: Path, name: str) -> None:
     assert np.ptp(scaled / rope_frequencies(mine.head_dim, mine.rope_theta, None)) > 0.8  # 1 at one end, 1/factor
 
 
-def supported_configs() -> list[str]:
-    """By name, so that the list stands in the test's output and a lost config is noticed."""
-    return [
-        "HuggingFaceTB--SmolLM2-135M",
-        "TinyLlama--TinyLlama-1.1B-Chat-v1.0",
-        "meta-llama--Llama-3.2-1B",
-        "meta-llama--Meta-Llama-3.1-8B",
-        "meta-llama--Meta-Llama-3.1-70B",
-        "meta-llama--Meta-Llama-3.1-405B",
-        "mistralai--Mistral-7B-v0.1",
-        "Qwen--Qwen2-0.5B",
-        "Qwen--Qwen2.5-0.5B-Instruct",
-        "Qwen--Qwen2.5-7B-Instruct",
-        "Qwen--Qwen3-0.6B",
-        "Qwen--Qwen3-1.7B",
-        "Qwen--Qwen3-8B",
-    ]
+SUPPORTED = (
+    "HuggingFaceTB--SmolLM2-135M",
+    "Qwen--Qwen2-0.5B",
+    "Qwen--Qwen2.5-0.5B-Instruct",
+    "Qwen--Qwen2.5-7B-Instruct",
+    "Qwen--Qwen3-0.6B",
+    "Qwen--Qwen3-1.7B",
+    "Qwen--Qwen3-8B",
+    "TinyLlama--TinyLlama-1.1B-Chat-v1.0",
+    "meta-llama--Llama-3.2-1B",
+    "meta-llama--Meta-Llama-3.1-405B",
+    "meta-llama--Meta-Llama-3.1-70B",
+    "meta-llama--Meta-Llama-3.1-8B",
+    "mistralai--Mistral-7B-v0.1",
+)
 
 
-@pytest.mark.parametrize("name", supported_configs())
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_parameter_counts(data_dir: Path, name: str) -> None:
     folder = data_dir / "configs" / name
     with torch.device("meta"):
         expected = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     assert parameter_count(load_config(folder)) == sum(weight.numel() for weight in expected.parameters())
+
+
+def test_every_other_real_config_is_refused_by_name(data_dir: Path) -> None:
+    others = {folder.name for folder in (data_dir / "configs").iterdir()} - set(SUPPORTED)
+    assert {"google--gemma-2b", "mistralai--Mixtral-8x7B-v0.1", "Qwen--Qwen3-30B-A3B"} <= others
+    for name in others:
+        kind = real_config(data_dir, name)["model_type"]
+        with pytest.raises(ModelFolderError, match=f"no family for model_type '{kind}'; there are llama, mistral"):
+            load_config(data_dir / "configs" / name)

@@ -81,10 +81,8 @@ def real_config(data_dir: Path, name: str) -> dict[str, Any]:
 def cut_down(real: dict[str, Any], layers: int = 2, kv_heads: int = 2, head_dim: int = 8) -> dict[str, Any]:
     """A real config at toy depth and width: its ratios, rope, eps and flags stay."""
     heads = kv_heads * real["num_attention_heads"] // real["num_key_value_heads"]
-    real_heads_width = real["num_attention_heads"] * real.get(
-        "head_dim", real["hidden_size"] // real["num_attention_heads"]
-    )
-    width = heads * head_dim * real["hidden_size"] // real_heads_width
+    real_head_dim = real.get("head_dim", real["hidden_size"] // real["num_attention_heads"])
+    width = heads * head_dim * real["hidden_size"] // (real["num_attention_heads"] * real_head_dim)
     changes = {
         "vocab_size": 211,
         "hidden_size": width,
@@ -99,8 +97,6 @@ def cut_down(real: dict[str, Any], layers: int = 2, kv_heads: int = 2, head_dim:
     }
     if real.get("max_window_layers"):
         changes["max_window_layers"] = layers
-    if real.get("sliding_window") and not real.get("use_sliding_window", True):
-        changes["sliding_window"] = real["sliding_window"]
-    elif real.get("sliding_window"):
+    if real.get("sliding_window") and "use_sliding_window" not in real:
         changes["sliding_window"] = 7  # shorter than the tests' rows
     return {**real, **changes, "pad_token_id": None}

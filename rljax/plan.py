@@ -13,7 +13,7 @@ from rljax.models.params import param_shardings, parameter_count
 from rljax.optim import make_optimizer, state_shardings
 from rljax.runs import flatten
 from rljax.session import Session
-from rljax.setup import make_evaluators, make_runner, make_source
+from rljax.setup import make_source, open_inputs
 
 SHOWN_PROMPTS = 2
 
@@ -33,8 +33,7 @@ def dry_run(session: Session) -> int:
     mesh = dict(session.train.mesh.shape)
     print(f"model: {parameter_count(session.model):,} parameters, {session.model.config}")
     print(f"mesh: training {mesh}, rollouts {dict(session.decode.mesh.shape)}, {jax.device_count()} devices")
-    runner = make_runner(config)
-    evaluators = make_evaluators(session, runner)
+    _, runner, evaluators = open_inputs(session)
     if runner is not None:
         runner.close()
     for split, evaluator in evaluators.items():

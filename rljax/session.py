@@ -16,7 +16,7 @@ from rljax.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 from rljax.decoding import Sampling
 from rljax.models import FAMILIES, ModelFolderError
 from rljax.models.decoder import Model, Params, check_tensor_degree
-from rljax.models.hf_import import load_config, load_params
+from rljax.models.hf_import import find_params, load_config, load_params
 from rljax.models.params import abstract_params, init_params
 from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
 from rljax.steps import Forward
@@ -82,6 +82,11 @@ class Session:
     def abstract_policy(self, dtype: Any = None) -> Params:
         return abstract_params(self.model, self.train, dtype or self.param_dtype)
 
+    def check_weights(self) -> None:
+        """That a checkpoint's files are there and whole. Raises ModelFolderError."""
+        if self.config.model.path:
+            find_params(self.config.model.path, self.model)
+
     def base_params(self) -> Params:
         """The policy's starting weights, sharded."""
         c = self.config.model
@@ -135,7 +140,8 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     for layout in (train, decode):
         check_tensor_degree(model.config, layout.tensor)
     for name in config.recipe:
-        _check_rows(config.stage(name), train, decode, "config" if name == "main" else f"config.stages.{name}")
+        _check_rows(config.stage(name), train, decode, config.key_of(name))
+        _check_length(config.stage(name), model, config.key_of(name))
     folder = epath.Path(config.output_dir or f"runs/{config.name}")
     return Session(config, model.padded_for(train.tensor, decode.tensor), tokenizer, train, decode, folder)
 
@@ -171,6 +177,20 @@ def _model(config: Config, tokenizer: Tokenizer) -> Model:
             f"{model.config.vocab_size} rows; they do not belong together"
         )
     return model
+
+
+def _check_length(stage: StageConfig, model: Model, where: str) -> None:
+    """Rows must fit the positions that the model knows."""
+    if stage.is_online:
+        length = max(stage.data.prompt_lengths) + stage.rollout.max_new_tokens
+        parts = f"data.prompt_lengths {max(stage.data.prompt_lengths)} + rollout.max_new_tokens"
+        parts = f"{parts} {stage.rollout.max_new_tokens}"
+    else:
+        length, parts = stage.data.row_length, "data.row_length"
+    if length > model.config.max_positions:
+        raise ConfigError(
+            f"{where}: {parts} is {length}, and the model knows {model.config.max_positions} positions; shorten it"
+        )
 
 
 def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -> None:

@@ -1,30 +1,65 @@
 """From a config's names to data sources, rewards and evaluators."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
-from rljax.data.batches import PromptSource, SupervisedSource
+from rljax.data.batches import PromptSource, SupervisedSource, prompt_of
 from rljax.data.rows import GENERATED, Row, load_rows
 from rljax.evaluate import Evaluator
 from rljax.metrics import MetricsWriter
 from rljax.rewards import load_reward
+from rljax.rewards.base import Sample
 from rljax.rewards.runner import RewardRunner
 from rljax.session import Session
 
 
+class Inputs(NamedTuple):
+    """What a run reads and judges with."""
+
+    sources: list[PromptSource | SupervisedSource]  # by stage
+    runner: RewardRunner | None
+    evaluators: dict[str, Evaluator]
+
+
+def open_inputs(session: Session) -> Inputs:
+    """Data, rewards and evaluations of a run, tried on a row of each data set. Raises ValueError."""
+    config = session.config
+    sources = [make_source(session, config.stage(name)) for name in config.recipe]
+    runner = make_runner(config)
+    try:
+        evaluators = make_evaluators(session, runner)
+        if runner is not None:
+            prompts = [source for source in sources if isinstance(source, PromptSource)]
+            _try_rewards(session, runner, [*prompts, *(evaluator.source for evaluator in evaluators.values())])
+    except BaseException:
+        if runner is not None:
+            runner.close()
+        raise
+    return Inputs(sources, runner, evaluators)
+
+
+def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSource]) -> None:
+    """Every reward on the first row of each data set, with its own answer for a completion."""
+    first = {str(row.get("dataset", "")): row for source in sources for row in reversed(source.rows)}
+    for row in first.values():
+        answer = row.get("solution") if row.get("solution") is not None else row.get("answer", "")
+        prompt = session.tokenizer.decode(session.tokenizer.render(prompt_of(row, 0)))
+        runner.check(Sample(prompt=prompt, completion=str(answer), messages=row.get("messages"), row=row))
+
+
 def split_rows(data: DataConfig, split: str) -> list[Row]:
     """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
-    if split == "train":
-        rows = _load(data, data.train, "train", data.train_rows + (0 if data.dev else data.dev_rows))
-        held_out = 0 if data.dev else data.dev_rows
-        return rows[: len(rows) - held_out]
+    held_out = 0 if data.dev else data.dev_rows
+    if split == "train" or (split == "dev" and held_out):
+        rows = _load(data, data.train, "train", data.train_rows and data.train_rows + held_out)
+        if len(rows) <= held_out:
+            raise ConfigError(f"config.data.dev_rows is {held_out} and {data.train} has {len(rows)} rows to train on")
+        return rows[: len(rows) - held_out] if split == "train" else rows[-held_out:]
     if split == "dev" and not data.dev:
-        if not data.dev_rows:
-            return []
-        return _load(data, data.train, "train", data.train_rows + data.dev_rows)[-data.dev_rows :]
+        return []
     source = data.dev if split == "dev" else data.test
     return _load(data, source, split, data.dev_rows if split == "dev" else data.test_rows) if source else []
 

@@ -19,9 +19,9 @@ from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Params
 from rljax.models.hf_export import save_hf
 from rljax.rewards.runner import RewardRunner
-from rljax.runs import open_run, versions
+from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
-from rljax.setup import make_evaluators, make_runner, make_source, make_writer
+from rljax.setup import make_writer, open_inputs
 from rljax.sharding import agree
 from rljax.stages import Stage, StepResult, build_stage, offline_step, online_step
 from rljax.steps import TrainState
@@ -119,20 +119,20 @@ class Run:
 def open_training(session: Session, command: Sequence[str] = ()) -> Run:
     """Data, rewards, folder and checkpoints of a run, all checked; nothing is compiled yet. Raises ValueError."""
     config = session.config
-    sources = [make_source(session, config.stage(name)) for name in config.recipe]
-    runner = make_runner(config)
-    evaluators = make_evaluators(session, runner)
-    folder = open_run(
-        session.folder,
-        resolved(config),
-        versions(seed=config.seed, command=command),
-        identity_keys=identity_keys(config),
-        process_index=jax.process_index(),
-        gather=lambda number: agree(np.asarray(number), lambda stacked: stacked).tolist(),
-    )
+    session.check_weights()
+    sources, runner, evaluators = open_inputs(session)
     with ExitStack() as stack:
         if runner is not None:
             stack.enter_context(runner)
+        _check_disk(session, sources)
+        folder = open_run(
+            session.folder,
+            resolved(config),
+            versions(seed=config.seed, command=command),
+            identity_keys=identity_keys(config),
+            process_index=jax.process_index(),
+            gather=lambda number: agree(np.asarray(number), lambda stacked: stacked).tolist(),
+        )
         checkpoints = stack.enter_context(
             Checkpointer(
                 folder / "checkpoints",
@@ -153,6 +153,26 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         return Run(
             session, runner, writer, checkpoints, preemption, compiles, sources, evaluators, progress, stack.pop_all()
         )
+
+
+def _check_disk(session: Session, sources: list[PromptSource | SupervisedSource]) -> None:
+    """Room for what the run keeps: the newest and best checkpoints, one being written, stages' weights, the model.
+
+    A run that goes on has most of that already. Raises RunFolderError.
+    """
+    config, folder = session.config, session.folder
+    if is_remote(folder):
+        return
+    named = zip(config.recipe, sources, strict=True)
+    stages = [build_stage(session, config.stage(name), 0, source, None) for name, source in named]
+    kept = 1 if (folder / "checkpoints").exists() else config.checkpoint.keep + int(config.checkpoint.keep_best) + 1
+    states = kept * max(_bytes(stage.abstract_saved()) for stage in stages)
+    weights = (len(stages) + int(config.checkpoint.export)) * _bytes(session.abstract_policy())
+    check_space(next(place for place in (folder, *folder.parents) if place.exists()), states + weights)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _report_data(writer: MetricsWriter, sources: list, evaluators: dict[str, Evaluator]) -> None:

@@ -20,6 +20,11 @@ def check(config: Config) -> None:
         )
     for name in config.recipe:
         _check_stage(config.stage(name), config.key_of(name))
+    stages = [config.stage(name) for name in config.recipe]
+    if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
+        for key in ("reference_reset_steps", "reference_ema"):
+            if any(vars(stage)[key] for stage in stages):
+                raise ConfigError(f"config.{key} does nothing: no algorithm of the recipe reads a reference")
 
 
 def _check_recipe(config: Config) -> None:
@@ -65,9 +70,6 @@ def _check_stage(stage: StageConfig, where: str) -> None:
         )
     if not stage.data.prompt_lengths:
         raise ConfigError(f"{where}.data.prompt_lengths is empty; give one length or more, in tokens")
-    moving = [key for key in ("reference_reset_steps", "reference_ema") if vars(stage)[key]]
-    if moving and "ref_logprobs" not in algorithm.needs:
-        raise ConfigError(f"{where}.{moving[0]} does nothing: the algorithm reads no reference at these settings")
     try:
         make_schedule(stage.optim, max(stage.optimizer_steps, 1))
     except ValueError as error:
@@ -85,9 +87,5 @@ def _check_online(stage: StageConfig, where: str) -> None:
         raise ConfigError(f"{where}.batch.rows is for supervised stages; rollouts have prompts_per_step x group_size")
     if r.keep_groups == "all" and r.max_rounds > 1:
         raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")
-    group_wise = [key for key, value in vars(stage.algo).items() if key.startswith("advantage_") and value == "group"]
-    if r.group_size == 1 and (group_wise or r.keep_groups == "mixed"):
-        key = f"algo.{group_wise[0]} 'group'" if group_wise else "rollout.keep_groups 'mixed'"
-        raise ConfigError(
-            f"{where}.rollout.group_size is 1 and {key} compares the completions of one prompt; use 2 or more"
-        )
+    if r.group_size == 1 and r.keep_groups == "mixed":
+        raise ConfigError(f"{where}.rollout.group_size is 1, and one completion is never mixed; use 2 or more")

@@ -167,9 +167,8 @@ def parse_text(hint: Any, text: str, where: str) -> Any:
         inner = next(a for a in args if a is not type(None))
         return None if text.lower() == "none" else parse_text(inner, text, where)
     if dataclasses.is_dataclass(hint):
-        raise ConfigError(
-            f"{where} is a group of keys; name one, such as --{where}.{next(iter(hints(typing.cast(type, hint))))}=value"
-        )
+        below = next(iter(hints(typing.cast(type, hint))))
+        raise ConfigError(f"{where} is a group of keys; name one, such as --{where}.{below}=value")
     if origin is tuple:
         items = _literal(text) if text[:1] in ("(", "[") else [part.strip() for part in text.split(",") if part.strip()]
         if not isinstance(items, list | tuple):

@@ -56,16 +56,25 @@ def load_params(path: str | os.PathLike, model: Model, layout: Layout, dtype: An
     must call this together. Raises ModelFolderError, before anything is placed, where a tensor is missing, extra, of
     another shape than config.json asks for, or in a file that is cut off.
     """
-    stored = _list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
-    tied = _tied_names(model)
-    plan = [_choose_name(leaf, stored, tied) for leaf in leaves(model)]
-    _check(path, plan, stored, tied)
+    plan, stored = find_params(path, model)
     shardings = param_shardings(model, layout)
     params: Params = {"layers": {}}
     for leaf in plan:
         array = _load_leaf(leaf, stored, get(shardings, leaf.path), dtype)
         get(params, leaf.path[:-1])[leaf.path[-1]] = array
     return params
+
+
+def find_params(path: str | os.PathLike, model: Model) -> tuple[list[Leaf], dict[str, Stored]]:
+    """The leaves in the order of reading and where every tensor lies, from the files' headers alone.
+
+    Raises ModelFolderError as ``load_params`` does: for a check before anything else is done.
+    """
+    stored = _list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
+    tied = _tied_names(model)
+    plan = [_choose_name(leaf, stored, tied) for leaf in leaves(model)]
+    _check(path, plan, stored, tied)
+    return plan, stored
 
 
 def _load_leaf(leaf: Leaf, stored: dict[str, Stored], sharding: NamedSharding, dtype: Any) -> Array:

@@ -52,14 +52,16 @@ class Forward:
         )
         support = batch["support"][:, head_from:] if self.truncates and "support" in batch else None
         rows = PartitionSpec(BATCH_AXES)
-        head_pass = jax.shard_map(
-            partial(self._head_pass, with_entropy),
-            mesh=self.layout.mesh,
-            in_specs=(PartitionSpec(), rows, rows, rows),
-            out_specs=rows,
-            axis_names=set(BATCH_AXES),
-            check_vma=False,
-        )
+        head_pass = partial(self._head_pass, with_entropy)
+        if self.layout.data_shards > 1:  # XLA cannot partition the derivative where the manual axes have size 1
+            head_pass = jax.shard_map(
+                head_pass,
+                mesh=self.layout.mesh,
+                in_specs=(PartitionSpec(), rows, rows, rows),
+                out_specs=rows,
+                axis_names=set(BATCH_AXES),
+                check_vma=False,
+            )
         logprobs, entropy = head_pass(head_table(params), hidden[:, head_from - 1 : -1], tokens[:, head_from:], support)
         pad = partial(jnp.pad, pad_width=((0, 0), (head_from, 0)))
         return Outputs(pad(logprobs), None if entropy is None else pad(entropy))
@@ -189,7 +191,7 @@ def _optimizer_step(
     gradients, sums, peaks = _accumulate(algorithm, forward, plan, state.params, minibatch, denominators)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    norms = tree_norms(gradients)
+    norms, ratios = tree_norms(gradients), update_ratios(updates, state.params)
     finite = jnp.isfinite(sums["loss"]) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     stepped = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.algo_state)
     state = jax.tree.map(partial(jnp.where, finite), stepped, state)
@@ -198,7 +200,7 @@ def _optimizer_step(
         **peaks,
         "skipped": ~finite,
         **{f"grad_norm/{name}": norm for name, norm in norms.items()},
-        **{f"update_ratio/{name}": ratio for name, ratio in update_ratios(updates, state.params).items()},
+        **{f"update_ratio/{name}": ratio for name, ratio in ratios.items()},
     }
     return state, metrics
 

@@ -58,7 +58,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             moments=moments,
         )
         if config.mask_truncated:
-            mask &= (rollout.finish_reason == FINISH_END)[:, None]
+            mask = mask & (rollout.finish_reason == FINISH_END)[:, None]
         batch = {
             "tokens": rollout.tokens,
             "valid": rollout.valid,

@@ -218,15 +218,6 @@ def check_tensor_degree(config: DecoderConfig, tensor: int) -> None:
         )
 
 
-def check_length(config: DecoderConfig, length: int) -> None:
-    """Raises ValueError where a row of ``length`` real tokens would go past the positions that the model knows."""
-    if length > config.max_positions:
-        raise ValueError(
-            f"rows of {length} tokens (prompt and completion) are longer than the {config.max_positions} positions of "
-            "this model; lower the prompt length or max_new_tokens"
-        )
-
-
 def hidden_states(
     model: Model,
     layout: Layout,

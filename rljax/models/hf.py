@@ -2,7 +2,6 @@
 
 from rljax.models.hf_config import ModelFolderError
 from rljax.models.hf_export import save_hf
-from rljax.models.hf_folder import load_generation_config, local_folder
 from rljax.models.hf_import import load_config, load_params
 
-__all__ = ["ModelFolderError", "load_config", "load_generation_config", "load_params", "local_folder", "save_hf"]
+__all__ = ["ModelFolderError", "load_config", "load_params", "save_hf"]

@@ -73,21 +73,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFolderError(f"{file} holds a {type(content).__name__} where a JSON object belongs")
     return content
-
-
-def load_generation_config(name: str | os.PathLike) -> dict[str, Any]:
-    """What the folder says about special tokens: generation_config.json over config.json.
-
-    ``eos_token_id`` is a list (there may be several, or none); ``bos_token_id`` and ``pad_token_id`` an id or None.
-    """
-    folder = local_folder(name)
-    said = read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        said = {**said, **read_json(folder / "generation_config.json")}
-    ends = said.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends] * (ends is not None)
-    return {
-        "bos_token_id": said.get("bos_token_id"),
-        "eos_token_id": ends,
-        "pad_token_id": said.get("pad_token_id"),
-    }

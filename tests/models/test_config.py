@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.models import FAMILIES
-from rljax.models.decoder import Model, check_length
+from rljax.models.decoder import Model
 from rljax.models.hf_config import ModelFolderError
 from rljax.models.layers import RopeScaling
 from rljax.models.params import declare, init_params, map_params
@@ -94,12 +94,6 @@ def test_a_config_survives_the_way_out_and_back(family: str) -> None:
 def test_what_a_family_does_not_compute_is_refused(family: str, changes: dict, message: str) -> None:
     with pytest.raises(ModelFolderError, match=message):
         tiny_model(family, **changes)
-
-
-def test_rows_longer_than_the_model_knows() -> None:
-    check_length(tiny_model().config, 64)
-    with pytest.raises(ValueError, match=r"rows of 65 tokens .* longer than the 64 positions"):
-        check_length(tiny_model().config, 65)
 
 
 def test_mistral_must_say_its_window() -> None:

@@ -17,7 +17,8 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from rljax.models.decoder import Model, Params
-from rljax.models.hf import ModelFolderError, load_config, load_generation_config, load_params, local_folder, save_hf
+from rljax.models.hf import ModelFolderError, load_config, load_params, save_hf
+from rljax.models.hf_folder import local_folder
 from rljax.models.params import init_params
 from tests.conftest import ROOT
 from tests.models.tiny import layout, tiny_model
@@ -32,7 +33,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model, Params
     params = init_params(model, layout(), seed=0)
     params["layers"] = {name: leaf + 0.01 * i for i, (name, leaf) in enumerate(params["layers"].items())}
     folder = tmp_path_factory.mktemp("saved") / "model"
-    save_hf(folder, model, params, generation_config={"eos_token_id": [1, 2], "bos_token_id": 1})
+    save_hf(folder, model, params)
     return folder, model, params
 
 
@@ -198,17 +199,6 @@ def test_a_bucket_is_copied_once(
     before = (copy / "model.safetensors").stat().st_mtime_ns
     local_folder("gs://bucket/model", ["*.safetensors"])
     assert (copy / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_special_tokens_of_a_folder(folder: Path, data_dir: Path) -> None:
-    assert load_generation_config(folder) == {"bos_token_id": 1, "eos_token_id": [1, 2], "pad_token_id": None}
-    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert load_generation_config(folder)["eos_token_id"] == [7]
-    assert load_generation_config(data_dir / "configs" / "meta-llama--Llama-3.2-1B")["eos_token_id"] == [
-        128001,
-        128008,
-        128009,
-    ]
 
 
 def test_host_memory_stays_within_two_tensors(tmp_path: Path) -> None:

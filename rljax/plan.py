@@ -1,123 +1,242 @@
 """What a run will do, before it does it: the resolved config, the first prompts, and bytes a device by owner."""
 
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.config import Config, StageConfig, resolved
-from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
-from rljax.models.params import param_shardings, parameter_count
-from rljax.optim import make_optimizer, state_shardings
+from rljax.config import Config, resolved
+from rljax.data.batches import DataPosition, PromptSource
+from rljax.models.attention import QUERY_CHUNK
+from rljax.models.layers import wide_dtype
+from rljax.models.params import abstract_params, parameter_count
 from rljax.runs import flatten
 from rljax.session import Session
-from rljax.setup import make_source, open_inputs
+from rljax.setup import open_inputs
+from rljax.sharding import Layout
+from rljax.stages import Stage, build_stage
+from rljax.steps import Forward
 
 SHOWN_PROMPTS = 2
+GIB = 2**30
 
 
 class PlanError(ValueError):
     """A plan that the devices cannot hold."""
 
 
+class Owner(NamedTuple):
+    """Who holds memory on one device, and when."""
+
+    name: str
+    bytes: int
+    when: str  # always | rollout | update
+
+
 def print_config(config: Config) -> None:
-    for key, value in flatten(resolved(config)).items():
-        print(f"config.{key} = {value!r}")
+    """Every setting, every stage whole, as it could stand on the command line."""
+    values = resolved(config)
+    stages = values.pop("stages")
+    for prefix, group in [("config", values), *((f"config.stages.{name}", stages[name]) for name in stages)]:
+        for key, value in flatten(group).items():
+            print(f"{prefix}.{key} = {value!r}")
 
 
-def dry_run(session: Session) -> int:
-    """Print the plan. Loads data, tokenizer and shapes; makes no weights and compiles nothing. Raises PlanError."""
+def dry_run(session: Session) -> None:
+    """Print the plan. Loads data, tokenizer and shapes; makes no weights, no folder, no program. Raises PlanError."""
     config = session.config
-    mesh = dict(session.train.mesh.shape)
-    print(f"model: {parameter_count(session.model):,} parameters, {session.model.config}")
-    print(f"mesh: training {mesh}, rollouts {dict(session.decode.mesh.shape)}, {jax.device_count()} devices")
-    _, runner, evaluators = open_inputs(session)
+    sources, runner, evaluators = open_inputs(session)
     if runner is not None:
         runner.close()
+    train, decode = (dict(layout.mesh.shape) for layout in (session.train, session.decode))
+    kind = session.train.mesh.devices.flat[0].device_kind
+    print(f"model: {parameter_count(session.model):,} parameters, {session.model.config}")
+    print(f"mesh: training {train}, rollouts {decode}, {session.train.mesh.size} devices ({kind})")
     for split, evaluator in evaluators.items():
-        print(f"{split}: {len(evaluator.source)} prompts ({evaluator.source.kept})")
-    for name in config.recipe:
-        stage = config.stage(name)
-        source = make_source(session, stage)
-        print(f"\nstage {name}: {stage.steps} steps of {stage.rows_per_step} rows; {source.kept}")
-        _print_first_rows(session, stage, source)
-        owners = bytes_by_owner(session, stage)
-        total = sum(owners.values())
-        print("  bytes a device, by owner:")
-        for owner, size in owners.items():
-            print(f"    {owner:<22}{size / 2**20:12.1f} MiB")
-        print(f"    {'total':<22}{total / 2**20:12.1f} MiB")
-        _check_memory(session, name, total, owners)
-    return 0
+        print(f"{split}: {evaluator.source.kept}")
+    ends = (f"{i} {session.tokenizer.hf.convert_ids_to_tokens(i)!r}" for i in session.tokenizer.end_ids)
+    print(f"end tokens: {', '.join(ends)}")
+    plans = []
+    for number, (name, source) in enumerate(zip(config.recipe, sources, strict=True)):
+        stage = build_stage(session, config.stage(name), number, source, runner)
+        _print_stage(name, stage)
+        owners = bytes_by_owner(stage)
+        _print_owners(owners)
+        plans.append((name, owners))
+    for name, owners in plans:
+        _check_memory(config, name, owners)
 
 
-def _print_first_rows(session: Session, stage: StageConfig, source: Any) -> None:
-    _, batch, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
-    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in batch), strict=True):
-        ids = tokens[valid]
-        print(f"  {session.tokenizer.decode(ids)!r}")
-        print(f"    ids {ids.tolist()}")
-        print(f"    {len(ids)} of {len(tokens)} columns are tokens", end="")
-        if isinstance(source, PromptSource):
-            print(", left-padded")
-        else:
-            trained = tokens[rest[0]]
-            print(f"; trained: {session.tokenizer.hf.decode(trained)!r}, last id {trained[-1]}")
-    ends = ", ".join(f"{i} {session.tokenizer.hf.convert_ids_to_tokens(i)!r}" for i in session.tokenizer.end_ids)
-    print(f"  end tokens: {ends}")
-    if stage.is_online:
-        _, prompts, _ = source.take(DataPosition(), stage.rollout.prompts_per_step)
-        shape = repeat_prompts(prompts, stage.rollout.group_size).tokens.shape
-        print(f"  rollout: prompts {list(shape)}, completions of at most {stage.rollout.max_new_tokens} tokens")
+def _print_stage(name: str, stage: Stage) -> None:
+    source, batch = stage.source, stage.config.batch
+    print(f"\nstage {name}: {stage.config.steps} steps, {stage.optimizer_steps} optimizer steps; {source.kept}")
+    _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
+    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
+        mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
+        _print_row(stage.session, tokens, valid, mask)
+    micro = batch.micro_batch_rows or stage.rows_per_step // batch.minibatches
+    shape = f"[{stage.rows_per_step}, {_row_length(stage)}]"
+    if stage.online:
+        r, prompt = stage.config.rollout, _prompt_length(stage)
+        shape += f" ({r.prompts_per_step} prompts x {r.group_size}, {prompt} + {r.max_new_tokens} tokens)"
+    print(f"  rows {shape}, {batch.minibatches} x {batch.epochs} optimizer steps, micro-batches [{micro}, ...]")
 
 
-def bytes_by_owner(session: Session, stage: StageConfig) -> dict[str, int]:
-    """An estimate from shapes and shardings alone: what lives on one device at the fullest moment of a stage."""
-    c, b, r = session.model.config, stage.batch, stage.rollout
-    compute, shards = jnp.dtype(session.dtype).itemsize, session.train.data_shards
+def _print_row(session: Session, tokens: np.ndarray, valid: np.ndarray, mask: np.ndarray) -> None:
+    """A row decoded, its ids, which columns are tokens, which are trained."""
+    print(f"  {session.tokenizer.hf.decode(tokens[valid])!r}")
+    print(f"    ids {tokens[valid].tolist()}")
+    print(f"    valid {_runs(valid)}, trained {_runs(mask)}", end="")
+    if mask.any():
+        last = int(tokens[mask][-1])
+        print(f", ends with {last} {session.tokenizer.hf.convert_ids_to_tokens(last)!r}", end="")
+    print()
+
+
+def _runs(mask: np.ndarray) -> str:
+    """A mask as its runs: 0 x 12, 1 x 8."""
+    return ", ".join(f"{int(bit)} x {len(list(run))}" for bit, run in itertools.groupby(mask.tolist()))
+
+
+def _prompt_length(stage: Stage) -> int:
+    return max(stage.config.data.prompt_lengths)
+
+
+def _row_length(stage: Stage) -> int:
+    return _prompt_length(stage) + stage.config.rollout.max_new_tokens if stage.online else stage.config.data.row_length
+
+
+def bytes_by_owner(stage: Stage) -> list[Owner]:
+    """An estimate from shapes, shardings and what autodiff keeps, traced and not compiled."""
+    session = stage.session
+    state = stage.abstract_saved()["train"]
+    owners = [
+        Owner("parameters", _local_bytes(state.params), "always"),
+        Owner("optimizer state", _local_bytes(state.opt_state), "always"),
+    ]
+    if "ref_logprobs" in stage.algorithm.needs:
+        owners.append(Owner("frozen reference", _local_bytes(session.abstract_policy(session.dtype)), "always"))
+    if stage.online:
+        owners += _rollout_owners(stage)
+    return owners + _update_owners(stage)
+
+
+def _rollout_owners(stage: Stage) -> list[Owner]:
+    session, r, layout = stage.session, stage.config.rollout, stage.session.decode
+    c, item = session.model.config, jnp.dtype(session.dtype).itemsize
+    rows = stage.rows_per_step // layout.data_shards
+    copy = abstract_params(session.model, layout, session.dtype)
+    is_copied = jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
+    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * c.head_dim * item
+    prompt, completion = rows * _prompt_length(stage) * column, rows * r.max_new_tokens * column
+    logits = rows * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
+    return [
+        Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
+        Owner("prompt cache", prompt, "rollout"),
+        Owner("completion cache", completion, "rollout"),
+        # XLA turns the cache into the layout of the loop while that of the prefill is still there.
+        Owner("second cache", prompt + completion, "rollout"),
+        Owner("prefill activations", _layer_bytes(stage, layout, rows, _prompt_length(stage)), "rollout"),
+        # In the carry, scaled and with noise; truncation sorts them too.
+        Owner("decode logits", logits * (5 if stage.forward.truncates else 3), "rollout"),
+    ]
+
+
+def _update_owners(stage: Stage) -> list[Owner]:
+    session, batch, layout = stage.session, stage.config.batch, stage.session.train
+    c, item = session.model.config, jnp.dtype(session.dtype).itemsize
+    wide = jnp.dtype(wide_dtype(session.dtype)).itemsize
+    minibatch = stage.rows_per_step // batch.minibatches
+    micro = batch.micro_batch_rows or minibatch
+    kept = _kept_bytes(stage, stage.forward, micro)
+    if stage.forward.remat != "none":  # and one layer at a time whole
+        kept += _layer_bytes(stage, layout, micro // layout.data_shards, _row_length(stage))
+    # Every data shard needs whole tables and layers: cast, and with their gradient in full precision before it is cut.
+    tables = c.padded_vocab * c.width // layout.tensor * (wide + wide * (wide != item) + item)
+    layer = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(session.abstract_policy()["layers"]))
+    tokens = micro // layout.data_shards * (_row_length(stage) - _prompt_length(stage) * stage.online)
+    chunk = min(session.config.model.logits_chunk, tokens)
+    gradients = _local_bytes(session.abstract_policy())
+    return [
+        Owner("gradients", gradients * (1 + (micro < minibatch)), "update"),
+        Owner("gathered weights", tables + layer // layout.tensor * (wide + 2 * item), "update"),
+        Owner("activations", kept, "update"),
+        Owner("logits chunk", 3 * chunk * c.padded_vocab // layout.tensor * wide, "update"),
+    ]
+
+
+def _kept_bytes(stage: Stage, forward: Forward, rows: int) -> int:
+    """What the backward pass of one micro-batch keeps of the forward pass, on one device."""
+    session, length = stage.session, _row_length(stage)
+    head_from = _prompt_length(stage) if stage.online else 1
     policy = session.abstract_policy()
-    optimizer = make_optimizer({"policy": stage.optim}, 10**9)
-    opt_state = jax.eval_shape(optimizer.init, {"policy": policy})
-    where = state_shardings(
-        opt_state, {"policy": param_shardings(session.model, session.train)}, session.train.replicated
-    )
-    owners = {"parameters": _bytes(policy), "optimizer": _bytes(opt_state, where), "gradients": _bytes(policy)}
-    online = stage.is_online
-    length = max(stage.data.prompt_lengths) + r.max_new_tokens if online else stage.data.row_length
-    micro = (b.micro_batch_rows or stage.rows_per_step // b.minibatches) // shards
-    kept = {"none": 14 * c.width + 4 * c.ffn_width, "dots": 6 * c.width + 3 * c.ffn_width, "block": c.width}
-    layers = c.num_layers * kept[session.config.model.remat] + 14 * c.width + 4 * c.ffn_width
-    owners["activations"] = micro * length * layers * compute // session.train.tensor
-    chunk = min(session.config.model.logits_chunk, micro * length)
-    owners["logits chunk"] = 3 * chunk * c.padded_vocab * 4 // session.train.tensor
-    if online:
-        if "ref_logprobs" in stage.algorithm().needs:
-            owners["frozen reference"] = _bytes(session.abstract_policy(session.dtype))
-        rows = stage.rows_per_step // session.decode.data_shards
-        heads = max(c.num_kv_heads, session.decode.tensor) // session.decode.tensor
-        token = 2 * c.num_layers * heads * c.head_dim * compute
-        owners["decode weights"] = math.ceil(parameter_count(session.model) * compute / session.decode.tensor)
-        owners["prompt cache"] = rows * max(stage.data.prompt_lengths) * token
-        owners["completion cache"] = rows * r.max_new_tokens * token
-    return owners
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((rows, length), bool),
+        "support": jax.ShapeDtypeStruct((rows, length), wide_dtype(session.dtype)),
+    }
+
+    def residuals(params: Any, batch: Any) -> Any:
+        with_entropy = "entropy" in stage.algorithm.needs
+
+        def outputs(params: Any) -> Any:
+            return forward.outputs(params, batch, head_from, with_entropy=with_entropy)
+
+        return jax.vjp(outputs, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, policy, batch))
+    c, layout = session.model.config, session.train
+    weights = {x.shape for x in jax.tree.leaves(policy)} | {(layout.data_shards * c.padded_vocab, c.width)}
+    return sum(_row_bytes(x, c, layout) for x in kept if x.shape not in weights)
 
 
-def _bytes(tree: Any, shardings: Any = None) -> int:
+def _row_bytes(x: jax.ShapeDtypeStruct, c: Any, layout: Layout) -> int:
+    """Of an array over rows: cut over the data shards, and over tensor where it has heads or feed-forward columns."""
+    cut = {c.num_heads, c.ffn_width, max(c.num_kv_heads, layout.tensor)} & set(x.shape[1:])
+    return x.size * x.dtype.itemsize // layout.data_shards // (layout.tensor if cut else 1)
+
+
+def _layer_bytes(stage: Stage, layout: Layout, rows: int, length: int) -> int:
+    """One layer's intermediate values on one device, attention scores included."""
+    c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
+    wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
+    heads = c.num_heads * c.head_dim
+    columns = 4 * c.width * wide + (4 * c.ffn_width * item + 3 * heads * wide) // layout.tensor
+    scores = 3 * c.num_heads // layout.tensor * min(length, QUERY_CHUNK) * wide
+    return rows * length * (columns + scores)
+
+
+def _local_bytes(tree: Any) -> int:
     """Of one device's shards."""
-    leaves = jax.tree.leaves(tree)
-    places = jax.tree.leaves(shardings) if shardings is not None else [leaf.sharding for leaf in leaves]
-    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in zip(leaves, places, strict=True))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _check_memory(session: Session, name: str, total: int, owners: dict[str, int]) -> None:
+def peak(owners: list[Owner]) -> dict[str, int]:
+    """Bytes a device while rollouts run and while the policy is updated."""
+    always = sum(owner.bytes for owner in owners if owner.when == "always")
+    phases = dict.fromkeys(owner.when for owner in owners if owner.when != "always")
+    return {when: always + sum(owner.bytes for owner in owners if owner.when == when) for when in phases}
+
+
+def _print_owners(owners: list[Owner]) -> None:
+    print("  bytes a device by owner (an estimate, GiB):")
+    for owner in owners:
+        print(f"    {owner.when:<8}{owner.name:<22}{owner.bytes / GIB:9.3f}")
+    for when, total in peak(owners).items():
+        print(f"    total while in {when:<15}{total / GIB:9.3f}")
+
+
+def _check_memory(config: Config, name: str, owners: list[Owner]) -> None:
     stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
+    limit = config.device_memory_gib * GIB or stats.get("bytes_limit")
+    when, total = max(peak(owners).items(), key=lambda item: item[1])
     if limit and total > limit:
-        largest = max(owners, key=lambda owner: owners[owner])
+        largest = sorted((o for o in owners if o.when in ("always", when)), key=lambda o: -o.bytes)[:2]
         raise PlanError(
-            f"stage {name} needs about {total / 2**30:.1f} GiB a device and there are {limit / 2**30:.1f}; "
-            f"the largest part is {largest} ({owners[largest] / 2**30:.1f} GiB): use more devices, fewer rows "
-            "a micro-batch or remat"
+            f"stage {name} needs about {total / GIB:.1f} GiB a device in its {when} and there are {limit / GIB:.1f}, "
+            f"most of it for {' and '.join(f'{o.name} ({o.bytes / GIB:.1f})' for o in largest)}; use more devices, "
+            "a larger tensor degree, fewer rows a step or a micro-batch, or model.remat=block"
         )

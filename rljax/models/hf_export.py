@@ -81,9 +81,12 @@ def _begin(path: str | os.PathLike) -> Path:
 
 def _publish(folder: Path, path: str | os.PathLike) -> None:
     if "://" in os.fspath(path):
-        # A bucket has no rename: config.json, without which nothing loads, goes last.
+        # A bucket has no rename: config.json, without which nothing loads, goes first and comes back last.
         target = epath.Path(path)
         target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").unlink(missing_ok=True)
+        for stale in target.glob("model*.safetensors*"):
+            stale.unlink()
         for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
             epath.Path(file).copy(target / file.name, overwrite=True)
         return

@@ -125,8 +125,11 @@ def test_a_bucket_gets_config_last(made: tuple[Model, Params], tmp_path: Path, m
     monkeypatch.setattr(
         "rljax.models.hf_export.epath.Path", lambda path: Bucket(bucket if "://" in str(path) else path)
     )
-    save_hf("gs://bucket/model", *made)
-    assert copied == ["model.safetensors", "config.json"]
+    save_hf("gs://bucket/model", *made, max_shard_bytes=60_000)
+    assert copied[-2:] == ["model.safetensors.index.json", "config.json"]
+    copied.clear()
+    save_hf("gs://bucket/model", *made)  # of the first nothing may stay, least of all its index
+    assert copied == ["model.safetensors", "config.json"] and sorted(os.listdir(bucket)) == sorted(copied)
     assert equal(load_params(bucket, made[0], layout()), made[1])
 
 

@@ -1,8 +1,8 @@
-"""``python -m tests.stops_itself PLACE STEP ...``: rljax.main, which gets a signal at that place of that step.
+"""``python -m tests.stops_itself PLACE STEP ...``: rljax.main, which is hit at that place of that step.
 
 Places: "record", the line of the step in metrics.jsonl is half written (SIGKILL); "save", the checkpoint of the step is
 being written (SIGKILL); "stage", a stage's weights are written and the checkpoint behind them is not (SIGKILL; STEP
-counts within the stage); "asked", the step is under way (SIGTERM).
+counts within the stage); "asked", the step is under way (SIGTERM); "broken", it is no signal but an error.
 """
 
 import os
@@ -38,8 +38,10 @@ def half_a_checkpoint(checkpointer: Checkpointer, step: int, *args: Any, **optio
     return saved
 
 
-def ask(writer: MetricsWriter, step: int, *args: Any) -> None:
+def interrupt(writer: MetricsWriter, step: int, *args: Any) -> None:
     write(writer, step, *args)
+    if step == STEP and PLACE == "broken":
+        raise RuntimeError("broken on purpose")
     if step == STEP:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -47,8 +49,8 @@ def ask(writer: MetricsWriter, step: int, *args: Any) -> None:
 append, save, write = JsonLines.append, Checkpointer.save, MetricsWriter.write
 if PLACE == "record":
     JsonLines.append = half_a_line  # type: ignore[method-assign]
-elif PLACE == "asked":
-    MetricsWriter.write = ask  # type: ignore[method-assign]
+elif PLACE in ("asked", "broken"):
+    MetricsWriter.write = interrupt  # type: ignore[method-assign]
 else:
     Checkpointer.save = half_a_checkpoint  # type: ignore[method-assign]
 

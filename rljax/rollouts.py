@@ -1,7 +1,7 @@
 """From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,31 +101,39 @@ def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
     )
 
 
-def row_metrics(done: Completions, group_size: int) -> dict[str, float]:
-    """What a step's completions look like, whatever the algorithm."""
-    lengths, right, wrong = done.lengths, done.correct == 1, done.correct == 0
+def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, float]:
+    """What a step's completions look like, whatever the algorithm: all of them, kept by dynamic sampling or not."""
+
+    def joined(column: Callable[[Completions], np.ndarray]) -> np.ndarray:
+        return np.concatenate([column(done) for done in rounds])
+
+    rewards, lengths, correct = joined(lambda d: d.rewards), joined(lambda d: d.lengths), joined(lambda d: d.correct)
+    nats = -sum(done.host.behavior_logprobs.sum() for done in rounds)
+    steps = [done.lengths.max() for done in rounds]
+    slots = sum(done.lengths.size * count for done, count in zip(rounds, steps, strict=True))
     metrics = {
-        "train/reward": done.rewards.mean(),
-        "train/reward_std": done.rewards.std(),
+        "train/reward": rewards.mean(),
+        "train/reward_std": rewards.std(),
         "train/completion_length": lengths.mean(),
         "train/completion_length_max": lengths.max(),
-        "train/truncated": 1 - done.finished.mean(),
-        "train/perplexity": np.exp(-done.host.behavior_logprobs.sum() / max(lengths.sum(), 1)),
-        "train/reward_failures": done.failures,
-        "rollout/decode_steps": lengths.max(),
-        "rollout/occupied_slot_share": lengths.sum() / max(lengths.size * lengths.max(), 1),
-        **{f"train/reward/{name}": values.mean() for name, values in done.parts.items()},
+        "train/truncated": 1 - joined(lambda d: d.finished).mean(),
+        "train/perplexity": np.exp(nats / max(lengths.sum(), 1)),
+        "train/reward_failures": sum(done.failures for done in rounds),
+        "rollout/decode_steps": sum(steps),
+        "rollout/occupied_slot_share": lengths.sum() / max(slots, 1),
     }
-    if (done.correct >= 0).all():
-        groups = right.reshape(-1, group_size)
+    for name in rounds[0].parts:
+        metrics[f"train/reward/{name}"] = np.concatenate([done.parts[name] for done in rounds]).mean()
+    if (correct >= 0).all():
+        right, groups = correct == 1, (correct == 1).reshape(-1, group_size)
         metrics["train/correct"] = right.mean()
         metrics["train/groups_all_right"] = groups.all(axis=1).mean()
         metrics["train/groups_all_wrong"] = (~groups).all(axis=1).mean()
         if right.any():
             metrics["train/completion_length_right"] = lengths[right].mean()
-        if wrong.any():
-            metrics["train/completion_length_wrong"] = lengths[wrong].mean()
-    for name in sorted({str(row.get("dataset", "")) for row in done.rows} - {""}):
-        mine = np.asarray([str(row.get("dataset", "")) == name for row in done.rows])
-        metrics[f"train/reward_by_dataset/{name}"] = done.rewards[mine].mean()
+        if not right.all():
+            metrics["train/completion_length_wrong"] = lengths[~right].mean()
+    datasets = np.asarray([str(row.get("dataset", "")) for done in rounds for row in done.rows])
+    for name in sorted(set(datasets.tolist()) - {""}):
+        metrics[f"train/reward_by_dataset/{name}"] = rewards[datasets == name].mean()
     return {name: float(value) for name, value in metrics.items()}

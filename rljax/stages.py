@@ -83,9 +83,14 @@ class Stage:
         return init_state({"policy": params}, shardings, self.optimizer, self.algorithm.init(), self.session.train)
 
     def freeze_reference(self, params: Params) -> None:
-        """Keep a copy of ``params`` as the reference, in the compute dtype."""
+        """Keep a copy of ``params`` as the reference."""
         shardings = param_shardings(self.session.model, self.session.train)
-        self.reference = copy_params(params, shardings, self.session.dtype)
+        self.reference = copy_params(params, shardings, self.reference_dtype)
+
+    @property
+    def reference_dtype(self) -> Any:
+        """The compute dtype; that of the master weights for a running mean, whose small moves would round away."""
+        return self.session.param_dtype if self.config.reference_ema else self.session.dtype
 
     @property
     def moving_reference(self) -> bool:
@@ -124,7 +129,7 @@ class Stage:
         moving = "ref_logprobs" in self.algorithm.needs and (
             self.config.reference_reset_steps or self.config.reference_ema
         )
-        return {**saved, "reference": session.abstract_policy(session.dtype)} if moving else saved
+        return {**saved, "reference": session.abstract_policy(self.reference_dtype)} if moving else saved
 
     def program(self, kind: str, head_from: int, state: TrainState | None = None) -> Callable:
         """The compiled program for rows whose first trained column is ``head_from``; made once."""
@@ -194,9 +199,8 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
 def online_step(stage: Stage, state: TrainState, position: DataPosition, step: int) -> StepResult:
     """Sample, reward, score, update: one rollout."""
     start = time.perf_counter()
-    session, group_size = stage.session, stage.config.rollout.group_size
-    done, position, rounds = collect(stage, state, position, step)
-    metrics = row_metrics(done, group_size) | rounds
+    session = stage.session
+    done, position, metrics = collect(stage, state, position, step)
     layout = session.train.rows
     head_from = done.host.tokens.shape[1] - stage.config.rollout.max_new_tokens
 
@@ -258,7 +262,7 @@ def _update(
 def collect(
     stage: Stage, state: TrainState, position: DataPosition, step: int
 ) -> tuple[Completions, DataPosition, dict[str, float]]:
-    """Completions of one step, in one round of prompts, or with ``keep_groups`` "mixed" in several.
+    """Completions and their metrics of one step, in one round of prompts, or with ``keep_groups`` "mixed" in several.
 
     Rounds go on until enough groups are neither all right nor all wrong or ``max_rounds`` is reached. Surplus groups
     count as consumed; missing ones are filled with groups whose rows are masked.
@@ -279,14 +283,15 @@ def collect(
             stage.session, stage.generate, state.params["policy"], prompts, rows, stage.runner, key, int(state.step)
         )
         if not mixed:
-            return done, position, {}
+            return done, position, row_metrics([done], r.group_size)
         scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
         rounds.append(done)
         kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]
         if len(kept) >= r.prompts_per_step:
             break
     drawn = len(rounds) * r.prompts_per_step
-    metrics = {"train/groups_kept": len(kept) / drawn, "train/rounds": float(len(rounds))}
+    metrics = row_metrics(rounds, r.group_size)
+    metrics |= {"train/groups_kept": len(kept) / drawn, "train/rounds": float(len(rounds))}
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
 
 
@@ -304,7 +309,8 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     def pick(*arrays: np.ndarray) -> np.ndarray:
         return np.stack([arrays[n][i] for n, i in picks])
 
-    host: Any = Rollout(*(pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)))
+    columns: Any = [pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)]
+    host: Any = Rollout(*columns)
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
     first = rounds[0]
@@ -331,5 +337,4 @@ def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 @partial(jax.jit, donate_argnums=0, static_argnums=2)
 def _moved(reference: Params, policy: Params, decay: float) -> Params:
-    # In float32: in bfloat16 a small step would round away.
-    return jax.tree.map(lambda r, p: (decay * r.astype(p.dtype) + (1 - decay) * p).astype(r.dtype), reference, policy)
+    return jax.tree.map(lambda r, p: decay * r + (1 - decay) * p, reference, policy)

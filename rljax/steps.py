@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.algos.base import Algorithm, Batch, total
@@ -274,5 +274,13 @@ def make_divergence(layout: Layout) -> Callable[[Array, Array, Array], dict[str,
 
 
 def copy_params(params: Params, shardings: PyTree, dtype: Any) -> Params:
-    """A frozen copy in the compute dtype: a donating step would delete what it shares."""
-    return jax.jit(lambda p: jax.tree.map(lambda x: jnp.copy(x.astype(dtype)), p), out_shardings=shardings)(params)
+    """A frozen copy in ``dtype``: a donating step would delete what it shares."""
+    places, tree = jax.tree.flatten(shardings)
+    return _copy_program(tree, tuple(places), dtype)(params)
+
+
+@cache
+def _copy_program(tree: Any, places: tuple[NamedSharding, ...], dtype: Any) -> Callable[[Params], Params]:
+    """One for each layout: a reference that is reset every so many steps must not compile again."""
+    shardings = jax.tree.unflatten(tree, places)
+    return jax.jit(lambda p: jax.tree.map(lambda x: jnp.copy(x.astype(dtype)), p), out_shardings=shardings)

@@ -70,6 +70,7 @@ class Run:
     progress: Progress
     open_things: ExitStack
     params: Params | None = None  # the policy when the last stage is done
+    traces: bool = False  # a profile is being taken
 
     def __enter__(self) -> "Run":
         return self
@@ -228,6 +229,8 @@ def finish(run: Run) -> None:
     ):
         if (session.folder / name).exists():
             run.writer.say(f"  {session.folder / name}: {what}")
+    # Who is through waits here for who still writes: the farewell of processes has a time limit.
+    agree(np.asarray(0), np.max)
 
 
 def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params | None:
@@ -249,12 +252,13 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
         last = progress.stage_step == config.steps
         leave = run.preemption.reached(progress.step)
         every = run.config.eval.every_steps
-        if last or (every and progress.step % every == 0):
+        evaluated = last or (every > 0 and progress.step % every == 0)
+        if evaluated:
             run.evaluate("dev", state.params["policy"])
         if last:
             run.evaluate("test", state.params["policy"])
             run.save_stage(name, state.params["policy"])
-        score = progress.scores.get("dev")
+        score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
         run.writer.flush()
         run.checkpoints.save(progress.step, stage.saved(state), progress.to_json(), score=score, force=last or leave)
         if leave and progress.step < _total_steps(run.config):
@@ -268,7 +272,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
 
 def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
     progress, before = run.progress, run.compiles.count
-    _profile(run, progress.step + 1)
+    _start_trace(run)
     result = (online_step if stage.online else offline_step)(stage, state, progress.data, progress.stage_step)
     progress.step += 1
     progress.stage_step += 1
@@ -276,6 +280,7 @@ def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
     _count(run, stage, result)
     kind = (stage.number, stage.last_head_from, result.metrics.get("train/rounds", 1) > 1)
     run.compiles.check(kind, before)
+    _stop_trace(run)
     stage.update_reference(result.state, progress.stage_step)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
     _write_step_samples(run, result)
@@ -368,11 +373,13 @@ def _total_steps(config: Config) -> int:
     return sum(config.stage(name).steps for name in config.recipe)
 
 
-def _profile(run: Run, step: int) -> None:
-    if not run.config.profile_steps:
-        return
-    first, last = run.config.profile_steps
-    if step == first:
+def _start_trace(run: Run) -> None:
+    if run.config.profile_steps and run.progress.step + 1 == run.config.profile_steps[0]:
         jax.profiler.start_trace(str(run.session.folder / "trace"))
-    if step == last + 1:
+        run.traces = True
+
+
+def _stop_trace(run: Run) -> None:
+    if run.traces and run.progress.step >= run.config.profile_steps[1]:
         jax.profiler.stop_trace()
+        run.traces = False

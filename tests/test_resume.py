@@ -2,9 +2,11 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rljax.config import make_config
@@ -12,10 +14,21 @@ from rljax.runs import ConfigMismatch
 from rljax.session import open_session
 from rljax.trainer import open_training
 from tests.saved_states import flip_a_bit, largest_file
-from tests.tiny import left_behind, lines, run, tiny_command, tiny_config
+from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
 
 # State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch.
 EVERYTHING = {"algo.advantage_std": "running", "reference_ema": 0.9, "data.train_rows": 40}
+
+# Long enough to be hit, a save at every step, and the other kind of reference that moves.
+LONG = {
+    "steps": 24,
+    "stages.warm_start.steps": 10,
+    "checkpoint.every_steps": 1,
+    "eval.every_steps": 7,
+    "reward.names": ("tests.tiny:slow_share",),
+    "algo.advantage_std": "running",
+    "reference_reset_steps": 2,
+}
 
 
 def resumed_at(log: Path) -> int:
@@ -104,3 +117,40 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path, asked_to_leave):
     assert run(tiny_command(asked_to_leave[0], seed=1, **EVERYTHING), tmp_path / "log") == 2
     said = (tmp_path / "log").read_text().splitlines()
     assert len(said) == 1 and said[0].startswith("error: output_dir ") and "seed is 0 there and 1 here" in said[0]
+
+
+@pytest.fixture(scope="module")
+def long_uninterrupted(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("long")
+    assert run(tiny_command(folder / "run", **LONG), folder / "log") == 0, (folder / "log").read_text()
+    return left_behind(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path, long_uninterrupted, seed):
+    moments, metrics, log = np.random.default_rng(seed), tmp_path / "run" / "metrics.jsonl", tmp_path / "log"
+    statuses = []
+    for _ in range(5):
+        process = start(tiny_command(tmp_path / "run", **LONG), log)
+        begun = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= begun):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 1))
+        process.kill()
+        statuses.append(process.wait())
+    assert set(statuses) <= {-9, 0} and -9 in statuses
+    assert run(tiny_command(tmp_path / "run", **LONG), log) == 0, log.read_text()
+    assert left_behind(tmp_path / "run") == long_uninterrupted
+
+
+@pytest.mark.slow
+def test_a_run_may_be_prolonged_and_a_finished_one_asked_again(tmp_path):
+    """The last stage's steps are free to change; what it exports is then the longer run's."""
+    log, command = tmp_path / "log", tiny_command(tmp_path / "short", steps=6)
+    for steps in (3, 6):
+        assert run(tiny_command(tmp_path / "short", steps=steps), log) == 0, log.read_text()
+    finished = left_behind(tmp_path / "short")
+    assert run(command, log) == 0 and left_behind(tmp_path / "short") == finished
+    assert run(tiny_command(tmp_path / "whole", steps=6), log) == 0
+    assert left_behind(tmp_path / "whole")["policy"] == finished["policy"]

@@ -29,17 +29,17 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 class OptimConfig:
     """How one tree of parameters is updated. Weight decay is decoupled (arXiv 1711.05101), as torch's AdamW has it."""
 
-    learning_rate: float
-    schedule: str = "constant"  # one of SCHEDULES
-    warmup_steps: int = 0
+    learning_rate: float  # at its peak
+    schedule: str = "constant"  # constant | linear | cosine | inverse_sqrt
+    warmup_steps: int = 0  # optimizer steps of linear rise
     warmup_fraction: float = 0.0  # of all optimizer steps; give this or warmup_steps
     final_learning_rate: float = 0.0  # where linear and cosine end, and what inverse_sqrt never falls below
-    name: str = "adamw"  # one of RULES
+    name: str = "adamw"  # adamw | rmsprop | sgd
     b1: float = 0.9  # adamw: first moment; sgd: momentum; rmsprop has none
     b2: float = 0.999  # adamw, rmsprop: second moment
     eps: float = 1e-8  # added outside the square root
-    weight_decay: float = 0.0
-    decay_embeddings: bool = True
+    weight_decay: float = 0.0  # times the learning rate; norms and biases are spared
+    decay_embeddings: bool = True  # whether weight decay takes embeddings too
     clip_norm: float = 1.0  # of the tree's gradient, before anything else; 0 is off
 
     def __post_init__(self) -> None:

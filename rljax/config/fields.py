@@ -73,8 +73,8 @@ class DataConfig:
     dev: str = ""  # source of the dev rows; default: the last dev_rows of the training rows are held out
     test: str = ""  # source of the test rows; default: none
     train_rows: Count = 0  # how many to use; 0: all there are
-    dev_rows: Count = 0  # the same
-    test_rows: Count = 0  # the same
+    dev_rows: Count = 0  # how many to use, or to hold out of the training rows; 0: all there are, or none
+    test_rows: Count = 0  # how many to use; 0: all there are
     columns: dict[str, str] = field(
         default_factory=dict
     )  # our name to the source's: prompt, answer, solution, messages
@@ -86,7 +86,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    prompts_per_step: Positive = 8
+    prompts_per_step: Positive = 8  # each with group_size completions
     group_size: Positive = 8  # completions a prompt
     max_new_tokens: Positive = 128  # of a completion, end token included
     temperature: Amount = 1.0  # of sampling and, with it, of every log-prob that is trained on
@@ -125,7 +125,7 @@ class EvalConfig:
     every_steps: Count = 0  # on dev; 0: before the first and after the last step only
     samples: Positive = 1  # completions a prompt; above 1 pass@k is reported too
     temperature: Amount = 0.0  # 0 is greedy
-    prompts_per_batch: Positive = 64
+    prompts_per_batch: Positive = 64  # of one call of the sampler
     shown_prompts: Count = 4  # how many fixed prompts go to samples.jsonl
 
 
@@ -198,7 +198,7 @@ STAGE_FIELDS = tuple(f.name for f in dataclasses.fields(StageConfig))
 class Config(StageConfig):
     """A whole run."""
 
-    name: str = "run"
+    name: str = "run"  # of the run, and of its folder
     output_dir: str = ""  # local or gs://; default: runs/<name>
     seed: Count = 0  # of everything random but the order of data
     recipe: tuple[str, ...] = ("main",)  # stage names in order; "main" is the top level itself

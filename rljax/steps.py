@@ -42,8 +42,13 @@ class Forward:
     temperature: float
     truncates: bool  # the sampler cut the vocabulary: log-probs are renormalised on each token's stored support
 
-    def outputs(self, params: Params, batch: Batch, head_from: int, *, with_entropy: bool) -> Outputs:
-        """Log-probs (and entropy) of ``tokens[:, head_from:]`` in one chunked head pass; zeros before that column."""
+    def outputs(
+        self, params: Params, batch: Batch, head_from: int, *, with_entropy: bool, with_full: bool = False
+    ) -> Outputs:
+        """Log-probs (and entropy) of ``tokens[:, head_from:]`` in one chunked head pass; zeros before that column.
+
+        ``with_full`` gives those of the whole vocabulary too where sampling truncates it: a second pass.
+        """
         tokens, valid = batch["tokens"], batch["valid"]
         segments = batch.get("segments", valid.astype(jnp.int32))
         positions = batch.get("positions", row_positions(valid))
@@ -52,19 +57,25 @@ class Forward:
         )
         support = batch["support"][:, head_from:] if self.truncates and "support" in batch else None
         rows = PartitionSpec(BATCH_AXES)
-        head_pass = partial(self._head_pass, with_entropy)
-        if self.layout.data_shards > 1:  # XLA cannot partition the derivative where the manual axes have size 1
-            head_pass = jax.shard_map(
-                head_pass,
-                mesh=self.layout.mesh,
-                in_specs=(PartitionSpec(), rows, rows, rows),
-                out_specs=rows,
-                axis_names=set(BATCH_AXES),
-                check_vma=False,
-            )
-        logprobs, entropy = head_pass(head_table(params), hidden[:, head_from - 1 : -1], tokens[:, head_from:], support)
         pad = partial(jnp.pad, pad_width=((0, 0), (head_from, 0)))
-        return Outputs(pad(logprobs), None if entropy is None else pad(entropy))
+
+        def head_pass(support: Array | None, with_entropy: bool) -> tuple[Array, Array | None]:
+            run = partial(self._head_pass, with_entropy)
+            if self.layout.data_shards > 1:  # XLA cannot partition the derivative where the manual axes have size 1
+                run = jax.shard_map(
+                    run,
+                    mesh=self.layout.mesh,
+                    in_specs=(PartitionSpec(), rows, rows, rows),
+                    out_specs=rows,
+                    axis_names=set(BATCH_AXES),
+                    check_vma=False,
+                )
+            logprobs, entropy = run(head_table(params), hidden[:, head_from - 1 : -1], tokens[:, head_from:], support)
+            return pad(logprobs), None if entropy is None else pad(entropy)
+
+        logprobs, entropy = head_pass(support, with_entropy)
+        full = head_pass(None, False)[0] if with_full and support is not None else None
+        return Outputs(logprobs, entropy, full_logprobs=full)
 
     def _head_pass(
         self, with_entropy: bool, table: Array, hidden: Array, targets: Array, support: Array | None
@@ -216,8 +227,13 @@ def _accumulate(
     """Gradients, metrics that add and metrics that take the largest, over the micro-batches of one step."""
 
     def loss(params: dict[str, Params], rows: Batch) -> tuple[Array, tuple[dict, dict]]:
-        with_entropy = "entropy" in algorithm.needs
-        outputs = forward.outputs(params["policy"], rows, plan.head_from, with_entropy=with_entropy)
+        outputs = forward.outputs(
+            params["policy"],
+            rows,
+            plan.head_from,
+            with_entropy="entropy" in algorithm.needs,
+            with_full="ref_logprobs" in algorithm.needs,
+        )
         terms = algorithm.loss(outputs, rows)
         extra, peaks = _diagnostics(outputs.logprobs, rows)
         value = total(terms, denominators)

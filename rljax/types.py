@@ -61,9 +61,10 @@ class Experience(NamedTuple):
 class Outputs(NamedTuple):
     """What one head pass over a micro-batch gives an algorithm's ``loss``; entries it did not ask for are None."""
 
-    logprobs: Float[Array, "b t"]
+    logprobs: Float[Array, "b t"]  # on the support that was sampled from
     entropy: Float[Array, "b t"] | None = None
     values: Float[Array, "b t"] | None = None
+    full_logprobs: Float[Array, "b t"] | None = None  # of the whole vocabulary; None: ``logprobs`` are
 
 
 class Term(NamedTuple):

@@ -175,3 +175,22 @@ def test_the_ratio_is_to_the_policy_that_sampled(params: Any) -> None:
     np.testing.assert_allclose(metrics["max_log_ratio"], gaps.max(), rtol=1e-4)
     np.testing.assert_allclose(metrics["logprob_gap"], gaps.mean(), rtol=1e-4)
     assert gradient(params, batch)[1]["max_log_ratio"] <= 1e-5
+
+
+def test_kl_to_the_reference_is_between_whole_distributions(params: Any) -> None:
+    """Where sampling truncates, the ratio is on the support and the KL is not; the loss's and the logged one."""
+    settings = {"temperature": 0.7, "top_k": 8}
+    rollout = sample(params, settings)
+    mask = rollout.loss_mask
+    moved = jax.tree.map(lambda x: 1.1 * x, params)
+    whole, reference = (score(p, rollout, temperature=0.7)[mask].astype(np.float64) for p in (params, moved))
+    batch = {name: value for name, value in rollout._asdict().items() if value.ndim == 2}
+    batch["advantages"] = np.zeros(mask.shape)
+    batch["ref_logprobs"] = score(moved, rollout, temperature=0.7)
+    forward = tiny_forward(MODEL, layout(), temperature=0.7, truncates=True)
+    metrics = make_gradient(grpo_algorithm(kl_coef=0.1), forward, WIDTH)(params, batch)[1]
+    k3 = np.expm1(reference - whole) - (reference - whole)
+    np.testing.assert_allclose(metrics["kl"], k3.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], 0.1 * k3.mean(), rtol=1e-4)
+    assert metrics["max_log_ratio"] <= 1e-5  # to what the sampler stored, on the support
+    assert np.abs(whole - rollout.behavior_logprobs[mask]).max() > 0.1

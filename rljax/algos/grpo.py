@@ -28,7 +28,7 @@ AggregationName = Literal["token_mean", "sequence_mean_token_mean", "sequence_me
 class Config:
     kl_coef: float  # of k3 against the reference, in the loss; 0 loads no reference
     clip_low: float  # the ratio is clipped below 1 - clip_low
-    clip_high: float  # and above 1 + clip_high
+    clip_high: float  # the ratio is clipped above 1 + clip_high
     advantage_mean: Statistic  # what is subtracted from a reward
     advantage_std: Statistic  # what it is divided by; batch is of the raw rewards
     aggregation: AggregationName  # how the losses of tokens become one number
@@ -97,7 +97,9 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         if config.entropy_coef:
             terms["entropy_bonus"] = Term(aggregation.numerator(entropy, mask), "aggregated", -config.entropy_coef)
         if config.kl_coef:
-            kl = k3(logprobs, zero_masked(mask, batch["ref_logprobs"]))
+            # Between the whole distributions, also where sampling truncates: the ratio alone is on the support.
+            full = outputs.logprobs if outputs.full_logprobs is None else outputs.full_logprobs
+            kl = k3(*zero_masked(mask, full, batch["ref_logprobs"]))
             terms["kl"] = Term(aggregation.numerator(kl, mask), "aggregated", config.kl_coef)
         return terms
 

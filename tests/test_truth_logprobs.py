@@ -154,12 +154,14 @@ def test_samples_follow_the_model(params: Any) -> None:
 
 def test_the_ratio_is_1_on_the_first_minibatch_and_not_on_the_second() -> None:
     """The second sees parameters that moved. Tempered and truncated; ``test_truth_compiles`` has the plain case."""
-    settings = {"rollout.temperature": 0.7, "rollout.top_p": 0.8, "optim.learning_rate": 0.1, "algo.kl_coef": 0.0}
+    settings = {"rollout.temperature": 0.7, "rollout.top_p": 0.8, "optim.learning_rate": 0.1, "algo.kl_coef": 0.1}
     session = tiny_session(**settings)
     stage = main_stage(session, digit_share)
     metrics = online_step(stage, stage.start(session.base_params()), DataPosition(), 0).metrics
     assert abs(np.expm1(metrics["train/first_max_log_ratio"])) <= 1e-5
     assert metrics["train/max_log_ratio"] > 1e-2  # the largest over both minibatches
+    # The reference is the policy, but whole: the sampler is nearer to itself by the mass it kept, at least .8.
+    assert 0.01 < metrics["train/kl_per_token"] < -np.log(0.8)
 
 
 def test_the_ratio_is_to_the_policy_that_sampled(params: Any) -> None:

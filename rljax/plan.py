@@ -18,10 +18,17 @@ from rljax.session import Session
 from rljax.setup import open_inputs
 from rljax.sharding import Layout
 from rljax.stages import Stage, build_stage
-from rljax.steps import Forward
 
 SHOWN_PROMPTS = 2
 GIB = 2**30
+# Who holds memory in which phase of a step.
+PHASES = {
+    "prefill": ("always", "rollout", "prefill"),
+    "decode": ("always", "rollout", "decode"),
+    "update": ("always", "update"),
+}
+# Rows of the trace: a number that no dimension of a model has.
+TRACED_ROWS = 1009
 
 
 class PlanError(ValueError):
@@ -33,7 +40,7 @@ class Owner(NamedTuple):
 
     name: str
     bytes: int
-    when: str  # always | rollout | update
+    when: str  # one of the words in PHASES
 
 
 def print_config(config: Config) -> None:
@@ -137,11 +144,11 @@ def _rollout_owners(stage: Stage) -> list[Owner]:
         Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
         Owner("prompt cache", prompt, "rollout"),
         Owner("completion cache", completion, "rollout"),
+        Owner("prompt activations", rows * _prompt_length(stage) * _forward_column(stage, layout), "prefill"),
         # XLA turns the cache into the layout of the loop while that of the prefill is still there.
-        Owner("second cache", prompt + completion, "rollout"),
-        Owner("prefill activations", _layer_bytes(stage, layout, rows, _prompt_length(stage)), "rollout"),
+        Owner("second cache", prompt + completion, "decode"),
         # In the carry, scaled and with noise; truncation sorts them too.
-        Owner("decode logits", logits * (5 if stage.forward.truncates else 3), "rollout"),
+        Owner("decode logits", logits * (5 if stage.forward.truncates else 3), "decode"),
     ]
 
 
@@ -151,28 +158,28 @@ def _update_owners(stage: Stage) -> list[Owner]:
     wide = jnp.dtype(wide_dtype(session.dtype)).itemsize
     minibatch = stage.rows_per_step // batch.minibatches
     micro = batch.micro_batch_rows or minibatch
-    kept = _kept_bytes(stage, stage.forward, micro)
-    if stage.forward.remat != "none":  # and one layer at a time whole
-        kept += _layer_bytes(stage, layout, micro // layout.data_shards, _row_length(stage))
+    local_rows = micro // layout.data_shards
+    activations = local_rows * (_kept_bytes_a_row(stage) + _row_length(stage) * _backward_column(stage, layout))
     # Every data shard needs whole tables and layers: cast, and with their gradient in full precision before it is cut.
-    tables = c.padded_vocab * c.width // layout.tensor * (wide + wide * (wide != item) + item)
+    table = c.padded_vocab * c.width // layout.tensor
+    tables = table * (2 * wide + item * (wide != item) + wide * (not c.tied_embeddings))
     layer = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(session.abstract_policy()["layers"]))
-    tokens = micro // layout.data_shards * (_row_length(stage) - _prompt_length(stage) * stage.online)
+    tokens = local_rows * (_row_length(stage) - _prompt_length(stage) * stage.online)
     chunk = min(session.config.model.logits_chunk, tokens)
     gradients = _local_bytes(session.abstract_policy())
     return [
         Owner("gradients", gradients * (1 + (micro < minibatch)), "update"),
         Owner("gathered weights", tables + layer // layout.tensor * (wide + 2 * item), "update"),
-        Owner("activations", kept, "update"),
+        Owner("activations", activations, "update"),
         Owner("logits chunk", 3 * chunk * c.padded_vocab // layout.tensor * wide, "update"),
     ]
 
 
-def _kept_bytes(stage: Stage, forward: Forward, rows: int) -> int:
-    """What the backward pass of one micro-batch keeps of the forward pass, on one device."""
+def _kept_bytes_a_row(stage: Stage) -> int:
+    """What the backward pass keeps of a row's forward pass on the device that has the row, by what autodiff says."""
     session, length = stage.session, _row_length(stage)
-    head_from = _prompt_length(stage) if stage.online else 1
-    policy = session.abstract_policy()
+    c, layout, policy = session.model.config, session.train, session.abstract_policy()
+    rows = TRACED_ROWS * layout.data_shards
     batch = {
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
         "valid": jax.ShapeDtypeStruct((rows, length), bool),
@@ -180,33 +187,38 @@ def _kept_bytes(stage: Stage, forward: Forward, rows: int) -> int:
     }
 
     def residuals(params: Any, batch: Any) -> Any:
-        with_entropy = "entropy" in stage.algorithm.needs
-
         def outputs(params: Any) -> Any:
-            return forward.outputs(params, batch, head_from, with_entropy=with_entropy)
+            head_from = _prompt_length(stage) if stage.online else 1
+            return stage.forward.outputs(params, batch, head_from, with_entropy="entropy" in stage.algorithm.needs)
 
         return jax.vjp(outputs, params)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(residuals, policy, batch))
-    c, layout = session.model.config, session.train
     weights = {x.shape for x in jax.tree.leaves(policy)} | {(layout.data_shards * c.padded_vocab, c.width)}
-    return sum(_row_bytes(x, c, layout) for x in kept if x.shape not in weights)
+    by_tensor = {c.num_heads, c.ffn_width, max(c.num_kv_heads, layout.tensor)}
+    sizes = (
+        x.size * x.dtype.itemsize // (layout.tensor if by_tensor & set(x.shape[1:]) else 1)
+        for x in kept
+        if x.shape not in weights
+    )
+    return sum(sizes) // rows
 
 
-def _row_bytes(x: jax.ShapeDtypeStruct, c: Any, layout: Layout) -> int:
-    """Of an array over rows: cut over the data shards, and over tensor where it has heads or feed-forward columns."""
-    cut = {c.num_heads, c.ffn_width, max(c.num_kv_heads, layout.tensor)} & set(x.shape[1:])
-    return x.size * x.dtype.itemsize // layout.data_shards // (layout.tensor if cut else 1)
-
-
-def _layer_bytes(stage: Stage, layout: Layout, rows: int, length: int) -> int:
-    """One layer's intermediate values on one device, attention scores included."""
+def _forward_column(stage: Stage, layout: Layout) -> int:
+    """Bytes a token while one layer runs forward: the residual stream, and attention scores or the feed-forward."""
     c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
     wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
-    heads = c.num_heads * c.head_dim
-    columns = 4 * c.width * wide + (4 * c.ffn_width * item + 3 * heads * wide) // layout.tensor
-    scores = 3 * c.num_heads // layout.tensor * min(length, QUERY_CHUNK) * wide
-    return rows * length * (columns + scores)
+    scores = c.num_heads * min(_prompt_length(stage), QUERY_CHUNK) * (2 * wide + item)
+    return 2 * c.width * wide + max(c.ffn_width * (wide + 2 * item), scores) // layout.tensor
+
+
+def _backward_column(stage: Stage, layout: Layout) -> int:
+    """Bytes a token while one layer runs backward, with everything that it computes again."""
+    c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
+    wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
+    scores = 3 * c.num_heads * min(_row_length(stage), QUERY_CHUNK) * wide
+    inner = 4 * c.ffn_width * item + 3 * c.num_heads * c.head_dim * wide
+    return 4 * c.width * wide + (inner + scores) // layout.tensor
 
 
 def _local_bytes(tree: Any) -> int:
@@ -214,29 +226,28 @@ def _local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def peak(owners: list[Owner]) -> dict[str, int]:
-    """Bytes a device while rollouts run and while the policy is updated."""
-    always = sum(owner.bytes for owner in owners if owner.when == "always")
-    phases = dict.fromkeys(owner.when for owner in owners if owner.when != "always")
-    return {when: always + sum(owner.bytes for owner in owners if owner.when == when) for when in phases}
+def peaks(owners: list[Owner]) -> dict[str, int]:
+    """Bytes a device in each phase of a step."""
+    found = {phase: [owner for owner in owners if owner.when in words] for phase, words in PHASES.items()}
+    return {phase: sum(o.bytes for o in mine) for phase, mine in found.items() if any(o.when == phase for o in mine)}
 
 
 def _print_owners(owners: list[Owner]) -> None:
-    print("  bytes a device by owner (an estimate, GiB):")
+    print("  GiB a device by owner, an estimate:")
     for owner in owners:
-        print(f"    {owner.when:<8}{owner.name:<22}{owner.bytes / GIB:9.3f}")
-    for when, total in peak(owners).items():
-        print(f"    total while in {when:<15}{total / GIB:9.3f}")
+        print(f"    {owner.when:<9}{owner.name:<20}{owner.bytes / GIB:9.3f}")
+    for phase, total in peaks(owners).items():
+        print(f"    {phase:<9}{'all':<20}{total / GIB:9.3f}")
 
 
 def _check_memory(config: Config, name: str, owners: list[Owner]) -> None:
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = config.device_memory_gib * GIB or stats.get("bytes_limit")
-    when, total = max(peak(owners).items(), key=lambda item: item[1])
+    phase, total = max(peaks(owners).items(), key=lambda item: item[1])
     if limit and total > limit:
-        largest = sorted((o for o in owners if o.when in ("always", when)), key=lambda o: -o.bytes)[:2]
+        largest = sorted((o for o in owners if o.when in PHASES[phase]), key=lambda o: -o.bytes)[:2]
         raise PlanError(
-            f"stage {name} needs about {total / GIB:.1f} GiB a device in its {when} and there are {limit / GIB:.1f}, "
+            f"stage {name} needs about {total / GIB:.1f} GiB a device in {phase} and there are {limit / GIB:.1f}, "
             f"most of it for {' and '.join(f'{o.name} ({o.bytes / GIB:.1f})' for o in largest)}; use more devices, "
             "a larger tensor degree, fewer rows a step or a micro-batch, or model.remat=block"
         )

@@ -182,22 +182,24 @@ def noun(hint: Any) -> str:
 def no_such_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
     """Names the nearest key of the same group, else the place where a key of that name stands."""
     known = list(known)
-    elsewhere = [name for name in _all_keys(Config, "config") if name.endswith(f".{key}")]
+    elsewhere = [name for name in all_keys(Config, "config") if name.endswith(f".{key}")]
     if elsewhere and not difflib.get_close_matches(key, known, n=1):
         return ConfigError(f"{where}.{key}: no such key; did you mean {elsewhere[0]!r}?")
     return ConfigError(f"{where}.{key}: no such key{nearest(key, known)}")
 
 
 @cache
-def _all_keys(cls: type, where: str) -> tuple[str, ...]:
+def all_keys(cls: type, where: str) -> tuple[str, ...]:
     nested = [(name, hint) for name, hint in hints(cls).items() if dataclasses.is_dataclass(hint)]
-    below = [key for name, hint in nested for key in _all_keys(typing.cast(type, hint), f"{where}.{name}")]
+    below = [key for name, hint in nested for key in all_keys(typing.cast(type, hint), f"{where}.{name}")]
     return (*(f"{where}.{name}" for name in hints(cls)), *below)
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a sentence about ``key``: the nearest name, by spelling or as its initials, else all there are."""
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1)
     close = close or [name for name in known if "".join(word[:1] for word in name.split("_")) == key]
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known)) or 'none'}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; {otherwise or 'there are ' + (', '.join(sorted(known)) or 'none')}"

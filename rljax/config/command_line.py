@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import re
 import traceback
 import types
 import typing
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rljax.algos import ALGOS
-from rljax.config.build import algo_defaults, hints, make_config, no_such_key, noun
+from rljax.config.build import algo_defaults, all_keys, hints, make_config, nearest, no_such_key, noun
 from rljax.config.fields import STAGE_FIELDS, Config, ConfigError, StageConfig
 
 USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
@@ -26,6 +27,7 @@ USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_
   --dry_run             check everything, show the first prompts and the memory plan; compile and write nothing
 """
 SWITCHES = ("print_config", "dry_run")
+KEYS = sorted({key.rpartition(".")[2] for key in all_keys(Config, "config")})
 
 
 class Command(NamedTuple):
@@ -106,14 +108,15 @@ def _place(path: str, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line of an exception; ConfigDict's own says which key is nearest in its last one."""
+    """One line of an exception; ConfigDict's own about a key is a page."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, KeyError) and error.args == ("get_config",):
         return "it has no function get_config()"
-    lines = [line for line in str(error).strip("'\"").replace("\\n", "\n").splitlines() if line.strip()]
-    if len(lines) > 1 and "Did you mean" in lines[-1]:
-        return f"{lines[0].partition(' and cannot be added')[0]}; {lines[-1][0].lower()}{lines[-1][1:]}"
+    unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+    if unknown:
+        return f"there is no key {unknown[1]!r}{nearest(unknown[1], KEYS, 'docs/config.md lists them')}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
 

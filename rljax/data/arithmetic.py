@@ -36,15 +36,15 @@ def make_rows(
     seed: int = 0,
     difficulty: int = 2,
     bounds: tuple[int, int, int] | None = None,
-    direct_share: float = 0.0,
+    guess_share: float = 0.0,
 ) -> list[dict[str, Any]]:
     """``count`` different problems of one split; no running total is negative.
 
     Rows have ``prompt``, ``answer`` (the number as text), ``solution`` (worked text that ends in ``#answer``) and
     ``dataset``. ``bounds`` (fewest operands, most operands, largest operand) goes before ``difficulty``. Splits share
-    no problem, whatever the seeds, counts and difficulties. A ``direct_share`` of the solutions, at random, gives the
-    answer without steps: text from which a model learns both habits, and not which one pays. Raises ValueError when
-    a split has too few problems.
+    no problem, whatever the seeds, counts and difficulties. A ``guess_share`` of the solutions, at random,
+    states a guess within 1 of the answer and no steps: text of mixed quality, from which a model learns both habits and
+    not which one pays. Raises ValueError when a split has too few problems.
     """
     if split not in SPLITS:
         raise ValueError(f"arithmetic has no split {split!r}; it has {', '.join(SPLITS)}")
@@ -68,8 +68,8 @@ def make_rows(
         misses = 0
         solution = worked_solution(terms)
         answer = solution[solution.index("#") + 1 :]
-        if direct_share and rng.random() < direct_share:
-            solution = "#" + answer
+        if guess_share and rng.random() < guess_share:
+            solution = f"#{max(0, int(answer) + int(rng.integers(-1, 2)))}"
         rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}
     return list(rows.values())
 

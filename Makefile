@@ -19,11 +19,13 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	touch $@
 
 quickstart: $(VENV)/.run  ## train a small model from nothing and watch it learn
+	rm -rf runs/quickstart
 	$(BIN)/python -m rljax.main --config configs/quickstart.py
 
 test: $(VENV)/.dev  ## what continuous integration runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy rljax
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not slow" --durations=15
 

@@ -16,7 +16,7 @@ from rljax.data.arithmetic import ALPHABET
 def get_config() -> ConfigDict:
     config = default_config("grpo")
     config.name = "quickstart"
-    config.cpu_devices = 2
+    config.cpu_devices = 1
     config.recipe = ("warm_start", "main")
     config.tokenizer.path = f"characters:{ALPHABET}"
     with config.unlocked():
@@ -36,12 +36,12 @@ def get_config() -> ConfigDict:
                 "initializer_range": 0.05,
             }
         )
-        config.data.options = ConfigDict({"bounds": (2, 4, 9)})  # two to four numbers up to 9
+        config.data.options = ConfigDict({"bounds": (2, 4, 9), "guess_share": 0.55})
         config.stages = ConfigDict(
             {
                 "warm_start": {
                     "algo": {"name": "sft"},
-                    "steps": 130,
+                    "steps": 700,
                     "data": {"train_rows": 4096},
                     "batch": {"rows": 64},
                     "optim": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10},
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.data.train_rows = 8192
     config.data.dev_rows = 128
     config.data.test_rows = 512
-    config.data.prompt_lengths = (12,)
+    config.data.prompt_lengths = (12,)  # BOS, four numbers, three signs, =
     config.data.row_length = 48
 
     config.algo.kl_coef = 0.0
@@ -61,12 +61,12 @@ def get_config() -> ConfigDict:
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "batch"
     config.algo.aggregation = "token_mean"
-    config.steps = 60
+    config.steps = 40
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 32
     config.reward.names = ("arithmetic",)
-    config.optim.learning_rate = 5e-4
+    config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 5
 
     config.eval.prompts_per_batch = 256

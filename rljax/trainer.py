@@ -215,11 +215,16 @@ def finish(run: Run) -> None:
     """Write the trained policy as a Hugging Face folder and say where everything is."""
     if run.progress.step < _total_steps(run.config):
         return
-    session = run.session
+    session, tokenizer = run.session, run.session.tokenizer
     params = run.params if run.params is not None else run.load_stage(run.config.recipe[-1])
     run.checkpoints.wait()
     if run.config.checkpoint.export:
-        save_hf(session.folder / "model", session.model, params, tokenizer=session.tokenizer.hf)
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": list(tokenizer.end_ids),
+            "pad_token_id": tokenizer.pad_id,
+        }
+        save_hf(session.folder / "model", session.model, params, tokenizer.hf, generation_config=ids)
     run.writer.say(f"done: {run.progress.step} steps, {run.progress.episodes} episodes, {run.progress.tokens} tokens")
     for name, what in (
         ("metrics.jsonl", "one JSON object a line; docs/metrics.md explains the keys"),

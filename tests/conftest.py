@@ -20,5 +20,7 @@ def data_dir() -> Path:
     """The folder of real models, tokenizers and data sets."""
     path = Path(os.environ.get("RLJAX_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
-        pytest.skip(f"no real data: {path} is not a folder; set RLJAX_DATA to the folder that holds models/ and datasets/")
+        pytest.skip(
+            f"no real data: {path} is not a folder; set RLJAX_DATA to the folder that holds models/ and datasets/"
+        )
     return path

@@ -1,6 +1,8 @@
 """The one place that knows the mesh: its axes, the rules from logical to mesh axes, and host <-> global arrays."""
 
+import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,11 +142,20 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def refactor_mesh(mesh: Mesh, text: str) -> Mesh:
-    """Another factorisation of the same devices in the same order, as a rollout mesh must be."""
-    devices = mesh.devices.flatten()
-    return Mesh(
-        devices.reshape(parse_mesh(text, devices.size)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    """Another factorisation of the same devices in the same order, as a rollout mesh must be.
+
+    Raises MeshError also where neither factorisation refines the other: XLA would end the process (jaxlib 0.10: "Manual
+    sub-axis isn't supported").
+    """
+    sizes = parse_mesh(text, mesh.size)
+    ours, theirs = ({1, *itertools.accumulate(each, operator.mul)} for each in (sizes, mesh.axis_sizes))
+    if not (ours <= theirs or theirs <= ours):
+        training = ",".join(map(str, mesh.axis_sizes))
+        raise MeshError(
+            f"decode mesh {text!r} and mesh {training!r} cut the devices at places that do not nest, which XLA cannot "
+            "partition; choose one that splits or joins the axes of the other"
+        )
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def to_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -36,12 +36,12 @@ def get_config() -> ConfigDict:
                 "initializer_range": 0.05,
             }
         )
-        config.data.options = ConfigDict({"bounds": (2, 4, 9), "guess_share": 0.55})
+        config.data.options = ConfigDict({"bounds": (2, 4, 9), "guess_share": 0.6})
         config.stages = ConfigDict(
             {
                 "warm_start": {
                     "algo": {"name": "sft"},
-                    "steps": 700,
+                    "steps": 650,
                     "data": {"train_rows": 4096},
                     "batch": {"rows": 64},
                     "optim": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10},
@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "batch"
     config.algo.aggregation = "token_mean"
-    config.steps = 40
+    config.steps = 60
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 32

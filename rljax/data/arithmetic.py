@@ -43,7 +43,7 @@ def make_rows(
     Rows have ``prompt``, ``answer`` (the number as text), ``solution`` (worked text that ends in ``#answer``) and
     ``dataset``. ``bounds`` (fewest operands, most operands, largest operand) goes before ``difficulty``. Splits share
     no problem, whatever the seeds, counts and difficulties. A ``guess_share`` of the solutions, at random,
-    states a guess within 1 of the answer and no steps: text of mixed quality, from which a model learns both habits and
+    states a guess within 2 of the answer and no steps: text of mixed quality, from which a model learns both habits and
     not which one pays. Raises ValueError when a split has too few problems.
     """
     if split not in SPLITS:
@@ -69,7 +69,7 @@ def make_rows(
         solution = worked_solution(terms)
         answer = solution[solution.index("#") + 1 :]
         if guess_share and rng.random() < guess_share:
-            solution = f"#{max(0, int(answer) + int(rng.integers(-1, 2)))}"
+            solution = f"#{max(0, int(answer) + int(rng.integers(-2, 3)))}"
         rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}
     return list(rows.values())
 

@@ -1,5 +1,6 @@
 """A run that was stopped and started again is the run that was not: every metric, every sample, every bit."""
 
+import json
 import re
 import shutil
 import time
@@ -17,7 +18,12 @@ from tests.saved_states import flip_a_bit, largest_file
 from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
 
 # State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch.
-EVERYTHING = {"algo.advantage_std": "running", "reference_ema": 0.9, "data.train_rows": 40}
+EVERYTHING = {
+    "algo.advantage_std": "running",
+    "reference_ema": 0.9,
+    "data.train_rows": 40,
+    "checkpoint.keep": 3,
+}
 
 # Long enough to be hit, a save at every step, and the other kind of reference that moves.
 LONG = {
@@ -37,10 +43,15 @@ def resumed_at(log: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> dict[str, Any]:
+def uninterrupted_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert run(tiny_command(folder / "run", **EVERYTHING), folder / "log") == 0, (folder / "log").read_text()
-    return left_behind(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_folder) -> dict[str, Any]:
+    return left_behind(uninterrupted_folder)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +61,15 @@ def asked_to_leave(tmp_path_factory) -> tuple[Path, str]:
     command = tiny_command(folder / "run", ("tests.stops_itself", "asked", "5"), **EVERYTHING)
     assert run(command, folder / "log") == 0, (folder / "log").read_text()
     return folder / "run", (folder / "log").read_text()
+
+
+def test_a_checkpoint_has_the_score_of_its_own_step_or_none(uninterrupted_folder):
+    dev = {record["step"]: record["dev/score"] for record in lines(uninterrupted_folder) if "dev/score" in record}
+    kept = {int(path.parts[-3]): path for path in uninterrupted_folder.glob("checkpoints/*/metrics/metrics")}
+    assert {6, 8, 9} <= set(kept) and 6 not in dev
+    assert {step: json.loads(path.read_text())["score"] for step, path in kept.items()} == {
+        step: dev.get(step) for step in kept
+    }
 
 
 def test_killed_and_started_again_equals_uninterrupted(tmp_path, uninterrupted):

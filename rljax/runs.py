@@ -52,7 +52,12 @@ def open_run(
     folder = epath.Path(output_dir)
     folder = folder if is_remote(folder) else folder.expanduser().resolve()
     _check_shared(folder, process_index, gather)
-    _check_owner(folder, config, identity_keys)
+    try:
+        _check_owner(folder, config, identity_keys)
+    except RunFolderError:
+        if process_index == 0:
+            (folder / TOKEN).unlink(missing_ok=True)  # nothing of ours stays in a folder that is not ours
+        raise
     gather(_ALONE)  # nobody writes before everybody has compared
     if process_index == 0:
         with said_if_full(folder):

@@ -104,7 +104,8 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, ...]:
     known = math.prod(size for size in sizes if size != -1)
     if device_count % known or (-1 not in sizes and known != device_count):
         raise MeshError(
-            f"mesh {text!r} takes {'a multiple of ' * (-1 in sizes)}{known} devices and there are {device_count}"
+            f"mesh {text!r} takes {'a multiple of ' * (-1 in sizes)}{known} devices and there are {device_count}; "
+            "where there is no accelerator, config.cpu_devices simulates as many as are asked for"
         )
     return tuple(device_count // known if size == -1 else size for size in sizes)
 

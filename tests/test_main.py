@@ -171,6 +171,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(refused, tmp_path):
     stranger.mkdir()
     (stranger / "chapter.tex").touch()
     assert "holds 'chapter.tex' but no config.json of a run" in refused(folder=stranger)
+    assert [file.name for file in stranger.iterdir()] == ["chapter.tex"]
 
 
 def test_a_disk_that_is_too_small_is_refused(refused, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,24 @@ def start_devices(config: Config) -> None:
         cache = config.compilation_cache or str(Path.home() / ".cache" / "rljax")
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    _join_peers(config.distributed)
+    join_peers(config.distributed)
 
 
-def _join_peers(text: str) -> None:
-    """``host:port,count,index``, or automatic where a TPU slice or Slurm says that there are several processes."""
-    peers = _parse_peers(text) if text else ()
-    on_slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    if peers or on_slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize(*peers, heartbeat_timeout_seconds=DEAD_PEER_S, shutdown_timeout_seconds=FAREWELL_S)
+def join_peers(text: str) -> None:
+    """``host:port,count,index``, or automatic where a TPU slice or Slurm says that there are several processes.
+
+    A single process needs no coordinator: in ``salloc`` without ``srun``, and where ``count`` is 1, there is none.
+    """
+    join = partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_PEER_S, shutdown_timeout_seconds=FAREWELL_S
+    )
+    on_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if text:
+        address, count, index = _parse_peers(text)
+        if count > 1:
+            join(address, count, index)
+    elif on_slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        join()
 
 
 def _parse_peers(text: str) -> tuple[str, int, int]:

@@ -1,7 +1,7 @@
 """GRPO on a real checkpoint: stories that take up the words of their opening, end in time and do not repeat themselves.
 
     python -m rljax.main --config configs/tinystories_grpo.py
-    python -m rljax.drift --config configs/tinystories_grpo.py --model runs/tinystories_grpo/model
+    python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 
 Needs the folder RLJAX_DATA (default ../shared/data) with models/tinystories656K-hf and datasets/text.
 Hardware: 2 CPU cores, under 15 minutes. Expected: see LOG.md; the second command says what the reward cost in KL,

@@ -1,19 +1,18 @@
 """What reinforcement learning did to the text: KL, likelihood under the untouched model, variety, best-of-n.
 
-    python -m rljax.drift --config configs/tinystories_grpo.py --model runs/tinystories_grpo/model
+python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from absl import flags
 
+from rljax.config import parse
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
-from rljax.main import USER_ERROR, parse
+from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
 from rljax.models.hf_import import load_params
 from rljax.rewards.estimates import best_of_n, bootstrap_interval
@@ -78,16 +77,16 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report of a trained model folder against the config's own start, as JSON."""
-    argv = list(sys.argv if argv is None else argv)
-    values = flags.FlagValues()
-    flags.DEFINE_string("model", "", "the trained policy's folder", flag_values=values)
-    rest = values(argv, known_only=True)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    folders = [text.partition("=")[2] for text in arguments if text.startswith("--model=")]
     try:
-        config, _ = parse(rest)
+        if len(folders) != 1:
+            raise ValueError("give the trained policy's folder as --model=runs/NAME/model")
+        config = parse([text for text in arguments if not text.startswith("--model=")]).config
         start_devices(config)
-        session = open_session(replace(config, output_dir="unused"))
+        session = open_session(config)
         base = session.base_params()
-        policy = load_params(values.model, session.model, session.train, dtype=session.param_dtype)
+        policy = load_params(folders[0], session.model, session.train, dtype=session.param_dtype)
         rows = split_rows(config.data, "test")
         source = PromptSource(rows, session.tokenizer, config.data.prompt_lengths, config.data.seed, shuffle=False)
         runner = make_runner(config)

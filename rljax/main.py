@@ -7,9 +7,10 @@ from pathlib import Path
 from rljax.checkpoint import CheckpointError
 from rljax.config import USAGE, parse
 from rljax.plan import dry_run, print_config
+from rljax.run import Run, finish, open_training
 from rljax.runs import RunFolderError
 from rljax.session import open_session, start_devices
-from rljax.trainer import Run, RunStopped, finish, open_training, train
+from rljax.trainer import RunStopped, train
 
 DONE, USER_ERROR, STOPPED = 0, 2, 3
 

@@ -1,7 +1,7 @@
 """What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ def join_peers(text: str) -> None:
 
     A single process needs no coordinator: in ``salloc`` without ``srun``, and where ``count`` is 1, there is none.
     """
-    join = partial(
+    join: Callable[..., None] = partial(
         jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_PEER_S, shutdown_timeout_seconds=FAREWELL_S
     )
     on_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1

@@ -14,7 +14,7 @@ import numpy as np
 
 import rljax.main
 import rljax.stages
-from rljax.trainer import Run
+from rljax.run import Run
 
 
 def complete(*args: Any) -> Any:

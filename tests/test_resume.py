@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rljax.config import make_config
+from rljax.run import open_training
 from rljax.runs import ConfigMismatch
 from rljax.session import open_session
-from rljax.trainer import open_training
 from tests.saved_states import flip_a_bit, largest_file
 from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
 

@@ -1,0 +1,37 @@
+"""docs/quickstart.png from a quickstart run's metrics: python docs/plot_quickstart.py runs/quickstart"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def main(folder: Path, target: Path) -> None:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rl = [r for r in records if "train/correct" in r]
+    tests = [r for r in records if "eval/score" in r]
+    start = rl[0]["step"] - 1
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.axvspan(0, start, color="0.93", label="supervised warm start")
+    left.plot([r["step"] for r in rl], [r["train/correct"] for r in rl], label="GRPO: samples right, training prompts")
+    scores = [r["eval/score"] for r in tests]
+    spread = [
+        [r["eval/score"] - r["eval/score_low"] for r in tests],
+        [r["eval/score_high"] - r["eval/score"] for r in tests],
+    ]
+    left.errorbar(
+        [r["step"] for r in tests], scores, yerr=spread, fmt="ko", capsize=3, label="held out, greedy, 95 % interval"
+    )
+    left.set(xlabel="step", ylabel="exact match", ylim=(-0.03, 1.03))
+    left.legend(loc="upper left", fontsize=8)
+    right.plot([r["step"] for r in rl], [r["train/completion_length"] for r in rl], color="tab:green")
+    right.set(xlabel="step", ylabel="tokens a completion", title="it learns to show its work", ylim=(0, None))
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(__file__).with_name("quickstart.png"))

@@ -1,9 +1,8 @@
 """What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ from rljax.models import FAMILIES, ModelFolderError
 from rljax.models.decoder import Model, Params, check_tensor_degree
 from rljax.models.hf_import import find_params, load_config, load_params
 from rljax.models.params import abstract_params, init_params
+from rljax.peers import join_peers
 from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
 from rljax.steps import Forward
 
 # One fold of the root key for each purpose: no key is ever stored, split in sequence or used twice.
 ROLLOUT_KEY, SHUFFLE_KEY, EVAL_KEY, CONTROL_KEY = range(4)
-
-# With several processes, seconds: one that died is missed after the first, and its peers end themselves. One that left
-# with an error of its own waits for them in vain for the second, and then all end.
-DEAD_PEER_S, FAREWELL_S = 30, 60
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -110,34 +106,6 @@ def start_devices(config: Config) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     join_peers(config.distributed)
-
-
-def join_peers(text: str) -> None:
-    """``host:port,count,index``, or automatic where a TPU slice or Slurm says that there are several processes.
-
-    A single process needs no coordinator: in ``salloc`` without ``srun``, and where ``count`` is 1, there is none.
-    """
-    join: Callable[..., None] = partial(
-        jax.distributed.initialize, heartbeat_timeout_seconds=DEAD_PEER_S, shutdown_timeout_seconds=FAREWELL_S
-    )
-    on_slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    if text:
-        address, count, index = _parse_peers(text)
-        if count > 1:
-            join(address, count, index)
-    elif on_slurm or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        join()
-
-
-def _parse_peers(text: str) -> tuple[str, int, int]:
-    parts = text.split(",")
-    if len(parts) != 3 or ":" not in parts[0] or not parts[1].isdigit() or not parts[2].isdigit():
-        raise ConfigError(
-            f"config.distributed is {text!r}; it is like 10.0.0.1:8476,4,0 (coordinator, processes, index)"
-        )
-    if int(parts[2]) >= int(parts[1]):
-        raise ConfigError(f"config.distributed is {text!r}; the index counts from 0 to {int(parts[1]) - 1}")
-    return parts[0], int(parts[1]), int(parts[2])
 
 
 def open_session(config: Config, devices: Sequence[jax.Device] | None = None) -> Session:

@@ -10,50 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
-from rljax.config import ConfigError
-from rljax.session import DEAD_PEER_S, FAREWELL_S, join_peers
+from rljax.peers import DEAD_PEER_S, FAREWELL_S
 from tests.tiny import left_behind, lines, run, start, tiny_command
 
 MAIN = ("rljax.main",)
 GRPO_ONLY = {"recipe": ("main",), "data.dev": "", "data.test": "", "steps": 3}
 SLOW = {"steps": 40, "eval.every_steps": 10, "checkpoint.every_steps": 3, "reward.names": ("tests.tiny:slow_share",)}
-
-
-SLURM = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}
-
-
-@pytest.mark.parametrize(
-    ("text", "environment", "joins"),
-    [
-        ("", {}, None),
-        ("host:1234,2,1", {}, ("host:1234", 2, 1)),
-        ("host:1234,1,0", {}, None),
-        ("", SLURM, ()),
-        ("", {"SLURM_NTASKS": "4"}, None),  # an allocation, and in it one process that srun did not start
-        ("", {**SLURM, "SLURM_NTASKS": "1"}, None),
-        ("", {"TPU_WORKER_HOSTNAMES": "a,b"}, ()),
-        ("", {"TPU_WORKER_HOSTNAMES": "a"}, None),
-    ],
-)
-def test_processes_join_where_there_are_several_and_with_time_limits(monkeypatch, text, environment, joins):
-    joined: list[Any] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **limits: joined.append((args, limits)))
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    join_peers(text)
-    limits = {"heartbeat_timeout_seconds": DEAD_PEER_S, "shutdown_timeout_seconds": FAREWELL_S}
-    assert joined == ([] if joins is None else [(joins, limits)])
-
-
-@pytest.mark.parametrize("text", ["host,2,0", "host:1234,2", "host:1234,2,2", "host:1234,two,0"])
-def test_a_malformed_meeting_place_is_refused(text):
-    with pytest.raises(ConfigError, match=r"config\.distributed is "):
-        join_peers(text)
 
 
 @contextmanager

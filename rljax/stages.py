@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,9 +138,7 @@ class Stage:
             rows = self.rows_per_step // self.config.batch.minibatches
             micro_rows = self.config.batch.micro_batch_rows or rows
             if kind == "score":
-                # The reference's distribution is whole, wherever the policy's is truncated.
-                whole = replace(self.forward, truncates=False)
-                self._programs[key] = make_score(whole, head_from, self.rows_per_step // micro_rows)
+                self._programs[key] = make_score(self.forward, head_from, self.rows_per_step // micro_rows)
             elif kind == "targets":
                 assert self.algorithm.targets is not None  # an online stage
                 self._programs[key] = jax.jit(self.algorithm.targets)
@@ -217,7 +215,7 @@ def online_step(stage: Stage, state: TrainState, position: DataPosition, step: i
     )
     if stage.reference is not None:
         r = done.rollout
-        rows = {"tokens": r.tokens, "valid": r.valid}
+        rows = {"tokens": r.tokens, "valid": r.valid}  # no support: the reference's distribution is whole
         ref_logprobs = stage.program("score", head_from)(stage.reference, rows)
         experience = experience._replace(ref_logprobs=ref_logprobs)
         gaps = jax.device_get(stage.divergence(r.behavior_logprobs, ref_logprobs, r.loss_mask))

@@ -11,7 +11,8 @@ config.json and the tokenizer is enough):
 
 Data: ``datasets/gsm8k/{train,test}.jsonl`` under ``$RLJAX_DATA`` (default ../shared/data), or
 ``--config.data.train=openai/gsm8k --config.data.test=openai/gsm8k --config.data.options.name=main``.
-Hardware: 16 TPU v5e chips of 16 GiB. Time: not measured. Expected: not measured.
+Hardware: 16 TPU v5e chips of 16 GiB. Compiled for them ahead of time (libtpu 0.0.42), rollouts take 14.1 GiB of a chip
+and updates 12.8. Time: not measured. Expected: not measured.
 """
 
 import os

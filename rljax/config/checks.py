@@ -11,6 +11,12 @@ def check(config: Config) -> None:
         raise ConfigError("config.model: set exactly one of path (a checkpoint) and architecture (random weights)")
     if not (config.tokenizer.path or config.model.path):
         raise ConfigError("config.tokenizer.path is not set; a model with random weights needs a tokenizer")
+    written = [key for key in ("template", "system_prompt", "end_tokens") if vars(config.tokenizer)[key]]
+    if written and config.tokenizer.path.startswith("characters:"):
+        raise ConfigError(f"config.tokenizer.{written[0]} does nothing: a tokenizer of characters has its own")
+    total = sum(config.stage(name).steps for name in config.recipe)
+    if any(step > total for step in config.profile_steps):
+        raise ConfigError(f"config.profile_steps {config.profile_steps} go past the {total} steps of the run")
     if config.profile_steps and (len(config.profile_steps) != 2 or config.profile_steps[0] > config.profile_steps[1]):
         raise ConfigError("config.profile_steps takes the first and the last step of the trace, such as 10,12")
     if config.eval.samples > 1 and not config.eval.temperature:
@@ -20,6 +26,7 @@ def check(config: Config) -> None:
         )
     for name in config.recipe:
         _check_stage(config.stage(name), config.key_of(name))
+        _check_shared(config, name)
     stages = [config.stage(name) for name in config.recipe]
     if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
         for key in ("reference_reset_steps", "reference_ema"):
@@ -46,6 +53,20 @@ def _check_recipe(config: Config) -> None:
                 raise ConfigError(
                     f"{config.key_of(name)}.{key} is {value!r}; it is one of {', '.join((*others, *earlier))}: "
                     "a stage can only take over from one that the recipe runs before it"
+                )
+
+
+def _check_shared(config: Config, name: str) -> None:
+    """What stands at the top level for all stages and for evaluation: a stage's own value would not be read."""
+    stage = config.stage(name)
+    for group, keys in (
+        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value")),
+        ("data", ("test", "test_rows")),
+    ):
+        for key in keys:
+            if vars(vars(stage)[group])[key] != vars(vars(config)[group])[key]:
+                raise ConfigError(
+                    f"{config.key_of(name)}.{group}.{key} is not read; set config.{group}.{key}, for all stages"
                 )
 
 

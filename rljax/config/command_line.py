@@ -143,8 +143,11 @@ def _child(hint: Any, group: Any, key: str, algo_name: str, where: str) -> Any:
     known: dict[str, Any] = {}
     if typing.get_origin(hint) is dict:
         item = typing.get_args(hint)[1]
-        if item is not StageConfig:
-            return item  # the keys are the user's own
+        if item is not StageConfig:  # the keys are the user's own
+            close = difflib.get_close_matches(key, group, n=1, cutoff=0.8)
+            if close and key not in group:
+                raise ConfigError(f"{where}.{key}: no such key; did you mean {close[0]!r}?")
+            return item
         known = dict.fromkeys(group, item)
     elif hint is Any and isinstance(group, dict):
         return Any

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ def load_rows(
     """
     options = dict(options or {})
     if source in GENERATED:
+        _check_options(source, options)
         rows = GENERATED[source](split=split, **options)
     elif (path := epath.Path(source).expanduser()).exists() or _looks_like_a_path(source):
         rows = _load_local(path, split)
@@ -53,6 +55,16 @@ def load_rows(
     if not rows:
         raise DataError(f"{source} has no rows in split {split!r}; give a file that is not empty")
     return rename_columns(rows[:limit], columns or {}, where=f"{source} ({split})")
+
+
+def _check_options(task: str, options: Mapping[str, Any]) -> None:
+    """That a generated task has these options and takes what they say."""
+    known = {name: p.annotation for name, p in inspect.signature(GENERATED[task]).parameters.items() if name != "split"}
+    for option, value in options.items():
+        if option not in known:
+            raise DataError(f"the task {task} has no option {option!r}; it has {', '.join(known)}")
+        if isinstance(value, str) != (known[option] is str) and known[option] in (int, float, str):
+            raise DataError(f"option {option} of the task {task} is {value!r}; it takes {known[option].__name__}")
 
 
 def rename_columns(rows: list[Row], columns: Mapping[str, str], *, where: str) -> list[Row]:

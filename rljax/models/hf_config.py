@@ -40,22 +40,42 @@ def decoder_fields(config: dict) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise ModelFolderError("config.json: quantised weights (quantization_config) are not supported")
     theta, scaling = _rope(config)
-    heads = required(config, "num_attention_heads")
+    heads, width = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    kv_heads = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
+    head_dim = _count(config, "head_dim") if config.get("head_dim") else width // heads
+    if heads % kv_heads or head_dim % 2:
+        raise ModelFolderError(
+            f"config.json: {heads} query heads over {kv_heads} kv heads of width {head_dim}; the second number has to "
+            "divide the first, and the width is even"
+        )
     return {
-        "vocab_size": required(config, "vocab_size"),
-        "width": required(config, "hidden_size"),
-        "num_layers": required(config, "num_hidden_layers"),
+        "vocab_size": _count(config, "vocab_size"),
+        "width": width,
+        "num_layers": _count(config, "num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or required(config, "hidden_size") // heads,
-        "ffn_width": required(config, "intermediate_size"),
-        "norm_eps": required(config, "rms_norm_eps"),
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn_width": _count(config, "intermediate_size"),
+        "norm_eps": _number("rms_norm_eps", required(config, "rms_norm_eps")),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "max_positions": required(config, "max_position_embeddings"),
+        "max_positions": _count(config, "max_position_embeddings"),
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "init_std": float(required(config, "initializer_range")),
+        "init_std": _number("initializer_range", required(config, "initializer_range")),
     }
+
+
+def _count(config: dict, key: str) -> int:
+    value = required(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelFolderError(f"config.json: {key} is {value!r}; it is a whole number above 0")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ModelFolderError(f"config.json: {key} is {value!r}; it is a number")
+    return float(value)
 
 
 def hf_fields(c: DecoderConfig) -> dict[str, Any]:
@@ -82,16 +102,16 @@ def _rope(config: dict) -> tuple[float, RopeScaling | None]:
     """Old: rope_theta beside rope_scaling. transformers 5: both inside rope_parameters."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     # Llama 2's config.json is older than the key: what it leaves unsaid is 10,000.
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10_000.0)
+    theta = _number("rope_theta", rope.pop("rope_theta", None) or config.get("rope_theta", 10_000.0))
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise ModelFolderError("config.json: a partial_rotary_factor other than 1 is not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind == "linear":
-        return float(theta), RopeScaling(kind=kind, factor=float(_rope_field(rope, "factor")))
+        return theta, RopeScaling(kind=kind, factor=float(_rope_field(rope, "factor")))
     if kind == "llama3":
-        return float(theta), RopeScaling(
+        return theta, RopeScaling(
             kind=kind,
             factor=float(_rope_field(rope, "factor")),
             low_freq_factor=float(_rope_field(rope, "low_freq_factor")),

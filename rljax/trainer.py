@@ -45,6 +45,8 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
             run.evaluate("dev", params)
         _set_reference(run, stage, origin, params)
         state = stage.start(params)
+        if config.steps == 0:  # a stage switched off: the next one starts from what this one did
+            run.save_stage(name, params)
     while progress.stage_step < config.steps:
         state = _one_step(run, stage, state)
         last = progress.stage_step == config.steps

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from rljax.config import make_config
-from rljax.run import open_training
+from rljax.run import finish, open_training
 from rljax.runs import ConfigMismatch
 from rljax.session import open_session
+from rljax.trainer import train
 from tests.saved_states import flip_a_bit, largest_file
 from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
 
@@ -174,3 +176,19 @@ def test_a_run_may_be_prolonged_and_a_finished_one_asked_again(tmp_path):
     assert run(command, log) == 0 and left_behind(tmp_path / "short") == finished
     assert run(tiny_command(tmp_path / "whole", steps=6), log) == 0
     assert left_behind(tmp_path / "whole")["policy"] == finished["policy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [("off", "warm_start"), ("warm_start", "off")])
+def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):
+    """The same weights come out as from a recipe without it."""
+    policies = []
+    for name, stages in (("with", recipe), ("without", ("warm_start",))):
+        config = make_config(tiny_config(recipe=("warm_start",), output_dir=str(tmp_path / name)))
+        off = replace(config.stages["warm_start"], steps=0)
+        config = replace(config, recipe=stages, stages={**config.stages, "off": off})
+        with open_training(open_session(config)) as opened:
+            train(opened)
+            finish(opened)
+        policies.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert policies[0] == policies[1]

@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             {
                 "warm_start": {
                     "algo": {"name": "sft"},
-                    "steps": 650,
+                    "steps": 900,
                     "data": {"train_rows": 4096},
                     "batch": {"rows": 64},
                     "optim": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10},
@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "batch"
     config.algo.aggregation = "token_mean"
-    config.steps = 60
+    config.steps = 90
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 32

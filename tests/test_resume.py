@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rljax.checkpoint import CheckpointError
 from rljax.config import make_config
 from rljax.run import finish, open_training
 from rljax.runs import ConfigMismatch
@@ -111,6 +112,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, aske
     assert run(tiny_command(tmp_path / "run", **EVERYTHING), log) == 0, log.read_text()
     assert resumed_at(log) == 4
     assert left_behind(tmp_path / "run") == uninterrupted
+
+
+def test_an_unreadable_record_is_found_before_anything_is_written(tmp_path, asked_to_leave):
+    folder = Path(shutil.copytree(asked_to_leave[0], tmp_path / "run"))
+    record = folder / "checkpoints" / "5" / "record" / "metadata"
+    record.write_bytes(record.read_bytes()[:-9])
+    before = (folder / "metrics.jsonl").read_bytes()
+    config = make_config(tiny_config(**{"output_dir": str(folder), **EVERYTHING}))
+    with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged \(.+\); delete it to go on from step 4"):
+        open_training(open_session(config))
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def metadata_server(monkeypatch) -> Iterator[dict[str, str]]:
             pass
 
     server = ThreadingHTTPServer(("localhost", 0), Answer)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
     yield attributes
     server.shutdown()

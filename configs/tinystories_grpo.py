@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         config.data.options = ConfigDict(
             {
                 "path": f"{DATA}/datasets/text/tinystories_a.txt,{DATA}/datasets/text/tinystories_b.txt",
-                "words": 2,
+                "words": 1,
                 "words_from": "opening",
                 "opening_sentences": 2,
                 "min_occurrences": 5,

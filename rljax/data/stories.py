@@ -48,10 +48,10 @@ def make_rows(
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
-    are the opening's own, which a story that keeps to its subject takes up again. With ``keep_space`` the white space
-    behind the opening is part of the prompt: tinystories656K has tokens that end in a space and takes an opening
-    without it for a finished story. A story's first sentence decides its split, so no story and no prompt is in two.
-    ``count`` rows in an order of the seed, or all. Raises ValueError.
+    are the opening's own that it uses most, which a story that keeps to its subject takes up again. With
+    ``keep_space`` the white space behind the opening is part of the prompt: tinystories656K has tokens that end in a
+    space and takes an opening without it for a finished story. A story's first sentence decides its split, so no story
+    and no prompt is in two. ``count`` rows in an order of the seed, or all. Raises ValueError.
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
@@ -76,8 +76,12 @@ def make_rows(
         candidates = [w for w in told if w in known and (w in opening) == (words_from == "opening")]
         if prompt in rows or len(prompt) > max_prompt_chars or len(candidates) < words:
             continue  # many stories open alike: a prompt is asked once
-        chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
-        required = [candidates[i] for i in sorted(chosen)]
+        if words_from == "opening":
+            told_often = Counter(content_words(continuation))
+            required = sorted(candidates, key=lambda word: -told_often[word])[:words]  # the story's subject first
+        else:
+            chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
+            required = [candidates[i] for i in sorted(chosen)]
         if keep_space:
             end += len(continuation) - len(continuation.lstrip())
         rows[prompt] = {"prompt": story[:end], "words": required, "continuation": story[end:], "dataset": "stories"}

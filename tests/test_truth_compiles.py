@@ -10,7 +10,7 @@ import pytest
 
 from rljax.compiles import CompileCounter, RecompileError
 from rljax.data.batches import DataPosition
-from rljax.stages import Stage, online_step
+from rljax.stages import Stage, collect, online_step
 from rljax.steps import TrainState
 from tests.truths import digit_share, main_stage, tiny_session
 
@@ -63,10 +63,10 @@ def test_a_run_compiles_nothing_after_its_first_step(counter: CompileCounter, st
         assert metrics["train/max_log_ratio"] > 1e-3
         assert metrics["train/optimizer_steps"] == 4 * (step + 1)
     assert counts[0] > 0 and counts[1:] == [0, 0]
-    # A rollout of another shape under the same name is what the count is there for.
+    # A rollout of another shape in a step of the same name is what the count is there for.
     wider = dataclasses.replace(online.config.rollout, group_size=4)
     online.config = dataclasses.replace(online.config, rollout=wider)
     before = counter.count
-    online_step(online, state, position, 3)
+    collect(online, state, position, 3)
     with pytest.raises(RecompileError):
         counter.check("online", before)

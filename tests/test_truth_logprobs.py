@@ -27,14 +27,12 @@ from tests.truths import (
 
 MODEL = tiny_model("qwen2", num_hidden_layers=2)
 WIDTH, BUDGET = 7, 8
-TRUNCATIONS: list[dict[str, Any]] = [
+SETTINGS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7},
-    {"top_k": 5},
-    {"top_p": 0.8},
-    {"min_p": 0.1},
-    {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"top_k": 5, "min_p": 0.1},
     {"temperature": 1.5, "top_p": 0.6},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
 ]
 
 
@@ -79,7 +77,7 @@ def logprobs_by_sorting(logits: np.ndarray, rollout: Rollout, settings: dict[str
     return expected
 
 
-@pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_sampled_logprobs_are_teacher_forced_logprobs(params: Any, settings: dict[str, Any]) -> None:
     rollout = sample(params, settings)
     mask = rollout.loss_mask
@@ -110,7 +108,7 @@ def test_greedy_reports_the_untempered_model(params: Any) -> None:
 
 def test_the_support_recovers_its_set_from_logits_with_rounding_noise(params: Any) -> None:
     """A trainer's logits differ in the last bits; the renormalised log-probs must not jump."""
-    settings = TRUNCATIONS[5]
+    settings = SETTINGS[-1]
     rollout = sample(params, settings)
     rows, columns = np.nonzero(rollout.loss_mask)
     logits = row_logits(MODEL, layout(), params, rollout.tokens, rollout.valid)[rows, columns - 1]
@@ -164,35 +162,41 @@ def test_the_ratio_is_1_on_the_first_minibatch_and_not_on_the_second() -> None:
     assert 0.01 < metrics["train/kl_per_token"] < -np.log(0.8)
 
 
-def test_the_ratio_is_to_the_policy_that_sampled(params: Any) -> None:
+@pytest.fixture(scope="module")
+def truncated(params: Any) -> tuple[Rollout, Any]:
+    """A truncated rollout, and the gradient at the sampler's temperature on its support with KL to a reference."""
+    forward = tiny_forward(MODEL, layout(), temperature=0.7, truncates=True)
+    gradient = make_gradient(grpo_algorithm(kl_coef=0.1), forward, WIDTH)
+    return sample(params, SETTINGS[-1]), gradient
+
+
+def test_the_ratio_is_to_the_policy_that_sampled(params: Any, truncated: tuple[Rollout, Any]) -> None:
     """Where parameters moved since the rollout, the first minibatch sees the difference of the two policies."""
-    rollout = sample(params, {})
-    moved = jax.tree.map(lambda x: 1.1 * x, params)
-    batch = {name: value for name, value in rollout._asdict().items() if value.ndim == 2}
-    batch["advantages"] = np.ones(rollout.tokens.shape)
-    gradient = make_gradient(grpo_algorithm(), tiny_forward(MODEL, layout()), WIDTH)
-    gaps = np.abs(score(moved, rollout) - score(params, rollout))[rollout.loss_mask]
+    rollout, gradient = truncated
+    mask, moved = rollout.loss_mask, jax.tree.map(lambda x: 1.1 * x, params)
+    now = score(moved, rollout, temperature=0.7, truncates=True)
+    gaps = np.abs(now - rollout.behavior_logprobs)[mask]
     assert gaps.max() > 0.1
-    metrics = gradient(moved, batch)[1]
+    metrics = gradient(moved, update_batch(rollout, now))[1]
     np.testing.assert_allclose(metrics["max_log_ratio"], gaps.max(), rtol=1e-4)
     np.testing.assert_allclose(metrics["logprob_gap"], gaps.mean(), rtol=1e-4)
-    assert gradient(params, batch)[1]["max_log_ratio"] <= 1e-5
+    assert gradient(params, update_batch(rollout, now))[1]["max_log_ratio"] <= 1e-5
 
 
-def test_kl_to_the_reference_is_between_whole_distributions(params: Any) -> None:
-    """Where sampling truncates, the ratio is on the support and the KL is not; the loss's and the logged one."""
-    settings = {"temperature": 0.7, "top_k": 8}
-    rollout = sample(params, settings)
+def test_kl_to_the_reference_is_between_whole_distributions(params: Any, truncated: tuple[Rollout, Any]) -> None:
+    """Where sampling truncates, the ratio is on the support and the KL is not."""
+    rollout, gradient = truncated
     mask = rollout.loss_mask
-    moved = jax.tree.map(lambda x: 1.1 * x, params)
-    whole, reference = (score(p, rollout, temperature=0.7)[mask].astype(np.float64) for p in (params, moved))
-    batch = {name: value for name, value in rollout._asdict().items() if value.ndim == 2}
-    batch["advantages"] = np.zeros(mask.shape)
-    batch["ref_logprobs"] = score(moved, rollout, temperature=0.7)
-    forward = tiny_forward(MODEL, layout(), temperature=0.7, truncates=True)
-    metrics = make_gradient(grpo_algorithm(kl_coef=0.1), forward, WIDTH)(params, batch)[1]
-    k3 = np.expm1(reference - whole) - (reference - whole)
+    reference = score(jax.tree.map(lambda x: 1.1 * x, params), rollout, temperature=0.7)
+    whole = score(params, rollout, temperature=0.7)
+    metrics = gradient(params, update_batch(rollout, reference))[1]
+    d = (whole - reference)[mask].astype(np.float64)
+    k3 = np.expm1(-d) + d
     np.testing.assert_allclose(metrics["kl"], k3.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], 0.1 * k3.mean(), rtol=1e-4)
-    assert metrics["max_log_ratio"] <= 1e-5  # to what the sampler stored, on the support
-    assert np.abs(whole - rollout.behavior_logprobs[mask]).max() > 0.1
+    assert np.abs(whole - rollout.behavior_logprobs)[mask].max() > 0.1
+
+
+def update_batch(rollout: Rollout, ref_logprobs: np.ndarray) -> dict[str, np.ndarray]:
+    rows = {name: value for name, value in rollout._asdict().items() if value.ndim == 2}
+    return {**rows, "advantages": np.zeros(rollout.tokens.shape), "ref_logprobs": ref_logprobs}

@@ -13,7 +13,12 @@ from rljax.stages import online_step
 from tests.truths import KEEP_GRADIENT, digit_share, main_stage, relative_error, tiny_session
 
 # Training mesh and decode mesh; 4 query heads on 2 kv heads, which tensor 4 has to repeat.
-MESHES = [("1,8,1", ""), ("2,4,1", ""), ("1,2,4", ""), ("1,8,1", "4,1,2")]
+MESHES = [
+    ("1,8,1", "4,1,2"),
+    ("1,2,4", ""),
+    pytest.param("1,8,1", "", marks=pytest.mark.slow),
+    pytest.param("2,4,1", "", marks=pytest.mark.slow),
+]
 STEPS = 3
 SETTINGS: dict[str, Any] = {"optim.learning_rate": 0.03, "algo.kl_coef": 0.1, "rollout.max_new_tokens": 6}
 
@@ -87,7 +92,7 @@ def first() -> First:
     return first_rollout("1,1,1")
 
 
-@pytest.mark.parametrize(("mesh", "decode_mesh"), [("1,8,1", "4,1,2"), ("1,2,4", "")])
+@pytest.mark.parametrize(("mesh", "decode_mesh"), [MESHES[0], pytest.param(*MESHES[1], marks=pytest.mark.slow)])
 def test_the_first_rollout_and_gradient_in_float32(first: First, mesh: str, decode_mesh: str) -> None:
     mine = first_rollout(mesh, decode_mesh)
     np.testing.assert_array_equal(mine.tokens, first.tokens)

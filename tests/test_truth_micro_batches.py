@@ -18,7 +18,13 @@ P, C = 4, 12
 # Lengths as unequal as they come, so that the mean of a micro-batch is far from its share of the whole.
 LENGTHS = [(4, 1), (1, 12), (2, 2), (4, 12), (3, 1), (4, 1), (1, 9), (2, 3)] * 2
 AGGREGATIONS = ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "constant_length")
-SPLITS = [("1,1,1", 2), ("1,1,1", 4), ("1,8,1", 1), ("2,4,1", 2)]
+SPLITS = [
+    ("1,1,1", 2),
+    ("1,1,1", 4),
+    ("1,8,1", 2),
+    pytest.param("1,8,1", 1, marks=pytest.mark.slow),
+    pytest.param("2,4,1", 2, marks=pytest.mark.slow),
+]
 
 ALGORITHMS = [grpo_algorithm(kl_coef=0.1, entropy_coef=0.01, max_new_tokens=C, aggregation=a) for a in AGGREGATIONS]
 

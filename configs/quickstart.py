@@ -1,10 +1,12 @@
-"""The quickstart: a small decoder from random weights learns sums with worked steps, first from text, then by GRPO.
+"""The quickstart: a small decoder from random weights learns to add and subtract, first from text, then by GRPO.
 
     make quickstart        (or: python -m rljax.main --config configs/quickstart.py)
 
-Hardware: 2 CPU cores, no network, under 4 minutes.
-Expected: held-out exact match (``eval/score``, 512 problems that no training row shares) from 0 over about 0.3 after
-the warm start to 0.9 or more after GRPO.
+The text is of mixed quality: 40 % of its solutions are worked step by step, the others state a guess within 2 of the
+answer. The warm start leaves a model with both habits; GRPO finds out which one pays.
+
+Hardware: 2 CPU cores, no network, about 4 minutes. Expected: held-out exact match (``eval/score``, 512 problems that no
+training row shares) of 0 at the start, about 0.45 after the warm start, 0.9 or more after GRPO.
 """
 
 from ml_collections import ConfigDict

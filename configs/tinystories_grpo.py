@@ -1,11 +1,11 @@
-"""GRPO on a real checkpoint: stories that take up the words of their opening, end in time and do not repeat themselves.
+"""GRPO on a real checkpoint: stories that take up the subject of their opening, end in time and do not repeat.
 
     python -m rljax.main --config configs/tinystories_grpo.py
     python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 
 Needs the folder RLJAX_DATA (default ../shared/data) with models/tinystories656K-hf and datasets/text.
-Hardware: 2 CPU cores, under 15 minutes. Expected: see LOG.md; the second command says what the reward cost in KL,
-likelihood and variety.
+Hardware: 2 CPU cores, under 10 minutes. Expected: the mean reward of 64 held-out prompts rises from 0.18 to 0.24 at 4.6
+nats a completion (LOG.md); the second command says what the reward cost in KL, likelihood and variety.
 """
 
 import os
@@ -38,22 +38,23 @@ def get_config() -> ConfigDict:
     config.data.prompt_lengths = (64,)
     config.reward.names = ("story",)
 
-    config.steps = 100
+    config.steps = 70
     config.rollout.prompts_per_step = 16
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 192
-    config.algo.kl_coef = 0.02
+    config.batch.minibatches = 2
+    config.algo.kl_coef = 0.005
     config.algo.clip_low = 0.2
-    config.algo.clip_high = 0.2
+    config.algo.clip_high = 0.28
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "group"
     config.algo.aggregation = "token_mean"
-    config.optim.learning_rate = 1e-4
+    config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 5
 
     config.eval.temperature = 1.0
     config.eval.samples = 4
-    config.eval.every_steps = 25
+    config.eval.every_steps = 35
     config.eval.shown_prompts = 3
     config.checkpoint.every_steps = 25
     config.log.samples_per_step = 3

@@ -15,21 +15,21 @@ def main(folder: Path, target: Path) -> None:
     rl = [r for r in records if "train/correct" in r]
     tests = [r for r in records if "eval/score" in r]
     start = rl[0]["step"] - 1
+    tests = [r for r in tests if r["step"] >= start]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.axvspan(0, start, color="0.93", label="supervised warm start")
-    left.plot([r["step"] for r in rl], [r["train/correct"] for r in rl], label="GRPO: samples right, training prompts")
+    steps = [r["step"] - start for r in rl]
+    left.plot(steps, [r["train/correct"] for r in rl], label="samples, training prompts")
     scores = [r["eval/score"] for r in tests]
     spread = [
         [r["eval/score"] - r["eval/score_low"] for r in tests],
         [r["eval/score_high"] - r["eval/score"] for r in tests],
     ]
-    left.errorbar(
-        [r["step"] for r in tests], scores, yerr=spread, fmt="ko", capsize=3, label="held out, greedy, 95 % interval"
-    )
-    left.set(xlabel="step", ylabel="exact match", ylim=(-0.03, 1.03))
-    left.legend(loc="upper left", fontsize=8)
-    right.plot([r["step"] for r in rl], [r["train/completion_length"] for r in rl], color="tab:green")
-    right.set(xlabel="step", ylabel="tokens a completion", title="it learns to show its work", ylim=(0, None))
+    label = "held out, greedy, 95 % interval"
+    left.errorbar([r["step"] - start for r in tests], scores, yerr=spread, fmt="ko", capsize=3, label=label)
+    left.set(xlabel="GRPO step", ylabel="exact match", ylim=(0, 1.03), title="it learns to be right")
+    left.legend(loc="lower right")
+    right.plot(steps, [r["train/completion_length"] for r in rl], color="tab:green")
+    right.set(xlabel="GRPO step", ylabel="tokens a completion", ylim=(0, None), title="by showing its work")
     figure.savefig(target, dpi=110)
 
 

@@ -256,5 +256,6 @@ Shares go from 0 to 1; logarithms are natural.
 
 ```python
 import pandas as pd
+
 curve = pd.read_json("runs/quickstart/metrics.jsonl", lines=True).dropna(subset="eval/score")[["step", "eval/score"]]
 ```"""

@@ -183,7 +183,8 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
     start = time.perf_counter()
     layout = stage.session.train.rows
     _, rows, position = stage.source.take(position, stage.rows_per_step)
-    batch = {name: to_global(getattr(rows, name), layout) for name in ("tokens", "valid", "loss_mask")}
+    host = {"tokens": rows.tokens, "valid": rows.valid, "loss_mask": rows.loss_mask}
+    batch = {name: to_global(array, layout) for name, array in host.items()}
     tokens = int(rows.valid.sum())
     state, metrics = _update(stage, state, batch, 1, step)
     seconds = time.perf_counter() - start

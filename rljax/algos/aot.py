@@ -41,10 +41,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         kept = kept_pairs(mask)
         policy, reference = sums(outputs.logprobs, mask), sums(batch["ref_logprobs"], mask)
         chosen, rejected = policy[0] - reference[0], policy[1] - reference[1]
-        if config.paired:
-            losses = paired(*policy, matched[0])
-        else:
-            losses = unpaired(chosen, rejected, *matched)
+        losses = paired(*policy, matched[0]) if config.paired else unpaired(chosen, rejected, *matched)
         rewards = config.beta * chosen, config.beta * rejected
         return {"preference": Term(masked_sum(losses, kept), "pairs"), **pair_metrics(rewards, policy, kept)}
 

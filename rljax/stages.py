@@ -314,7 +314,7 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     host: Any = Rollout(*columns)
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
-    first = rounds[0]
+    parts = dict.fromkeys(name for done in rounds for name in done.parts)
     where = {pair: k for k, pair in enumerate(picks[: len(kept) * size])}
     mine = [(n, i, where[n, i]) for n, done in enumerate(rounds) for i in done.samples if (n, i) in where]
     return Completions(
@@ -323,7 +323,7 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
         rows=[rounds[n].rows[i] for n, i in picks],
         rewards=pick(*(done.rewards for done in rounds)),
         correct=pick(*(done.correct for done in rounds)),
-        parts={name: pick(*(done.parts[name] for done in rounds)) for name in first.parts},
+        parts={name: pick(*(done.part(name) for done in rounds)) for name in parts},
         failures=sum(done.failures for done in rounds),
         samples={k: rounds[n].samples[i] for n, i, k in mine},
         answers={k: rounds[n].answers[i] for n, i, k in mine},

@@ -165,7 +165,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
         "rollout/occupied_slot_share": lengths.sum() / max(slots, 1),
     }
     for name in dict.fromkeys(name for done in rounds for name in done.parts):
-        values = joined(lambda d, name=name: d.part(name))
+        values = np.concatenate([done.part(name) for done in rounds])
         metrics[f"train/reward/{name}"] = values[~np.isnan(values)].mean()
     if (correct >= 0).all():
         right, groups = correct == 1, (correct == 1).reshape(-1, group_size)

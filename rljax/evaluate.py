@@ -123,6 +123,6 @@ def sample_record(done: Completions, i: int) -> dict[str, Any]:
         "reward": float(done.rewards[i]),
         "correct": None if done.correct[i] < 0 else bool(done.correct[i]),
         "answer": done.answers[i],
-        "parts": {name: float(values[i]) for name, values in done.parts.items()},
+        "parts": {name: float(values[i]) for name, values in done.parts.items() if not np.isnan(values[i])},
         "token_ids": list(sample.token_ids),
     }

@@ -36,7 +36,7 @@ _SCORES = {
 METRICS: dict[str, str] = {
     "train/reward": "mean reward of the step's completions, all parts weighted and summed",
     "train/reward_std": "standard deviation (biased) of those rewards",
-    "train/reward/{part}": "mean of one reward before its weight",
+    "train/reward/{part}": "mean of one reward before its weight, or of its part name/part where a row has it",
     "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
     "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",
     "train/correct": "share of completions judged right",
@@ -111,7 +111,7 @@ SAMPLES: dict[str, str] = {
     "reward": "total reward",
     "correct": "whether it is right; null where nothing judges",
     "answer": "the answer that was extracted; null where none was",
-    "parts": "value of every reward by name",
+    "parts": "value of every reward by name, and of its own parts as name/part",
     "token_ids": "the completion's ids",
 }
 

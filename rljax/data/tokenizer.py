@@ -147,6 +147,9 @@ def load_tokenizer(
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = _fetch(path, scratch)
+        inside = [file.name for file in Path(folder).iterdir()] if Path(folder).is_dir() else ["tokenizer"]
+        if not any("token" in name or name.startswith("vocab") for name in inside):
+            raise ValueError(f"{path} has no tokenizer.json; copy the model's tokenizer there or set tokenizer.path")
         try:
             hf = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError by kind of damage

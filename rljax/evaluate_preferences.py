@@ -5,16 +5,18 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from rljax.algos.base import Algorithm, Batch
 from rljax.algos.pairs import on_rows
 from rljax.data.batches import DataPosition
-from rljax.forward import Forward, cut_rows, head_needs, join_rows
+from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
 from rljax.models.decoder import Params
 from rljax.reference import CachedLogprobs
-from rljax.rewards.estimates import bootstrap_interval
+from rljax.rewards.estimates import best_of_n, bootstrap_interval
+from rljax.rollouts import Completions
 from rljax.sharding import gather, to_global
 
 BINS = 10  # of the confidence, for the calibration error
@@ -27,7 +29,13 @@ class PreferenceEvaluator:
     """One split's comparisons and the program that gives every answer its reward; always in the same order."""
 
     def __init__(
-        self, algorithm: Algorithm, forward: Forward, source: Any, rows: int, pieces: int, reference: CachedLogprobs | None
+        self,
+        algorithm: Algorithm,
+        forward: Forward,
+        source: Any,
+        rows: int,
+        pieces: int,
+        reference: CachedLogprobs | None,
     ):
         self.algorithm, self.source, self.rows, self.reference = algorithm, source, rows, reference
         self.layout, self.tree = forward.layout, algorithm.trains[0]
@@ -87,9 +95,11 @@ def implicit_rewards(algorithm: Algorithm, forward: Forward, pieces: int) -> Cal
         return forward.outputs(policy, rows, 1, head_needs(algorithm))
 
     def rewards(policy: Params, batch: Batch) -> Array:
-        outputs = join_rows(jax.lax.map(partial(piece, policy), cut_rows(batch, pieces, forward.layout)), forward.layout)
+        outputs = join_rows(
+            jax.lax.map(partial(piece, policy), cut_rows(batch, pieces, forward.layout)), forward.layout
+        )
         rows = batch["tokens"].shape[0]
-        numbered = {**batch, "current_logprobs": outputs.logprobs, "row": jax.numpy.arange(rows)}
+        numbered = {**batch, "current_logprobs": outputs.logprobs, "row": jnp.arange(rows)}
         _, prepared, _ = algorithm.prepare(algorithm.init(), numbered, jax.random.key(0))
         outputs = jax.tree.map(lambda x: x[prepared["row"]], outputs)  # it may have dropped some
         unit = algorithm.unit * prepared["row"].shape[0] // rows
@@ -102,9 +112,7 @@ def implicit_rewards(algorithm: Algorithm, forward: Forward, pieces: int) -> Cal
     return jax.jit(rewards)
 
 
-def better_answers(
-    scores: PerAnswer, valid: Bool[np.ndarray, "n k"], *, by_place: bool
-) -> Bool[np.ndarray, "n k k"]:
+def better_answers(scores: PerAnswer, valid: Bool[np.ndarray, "n k"], *, by_place: bool) -> Bool[np.ndarray, "n k k"]:
     """Where the first answer of a unit is preferred to the second: by its place in a pair, or by score."""
     both = valid[:, :, None] & valid[:, None, :]
     if by_place:
@@ -201,3 +209,28 @@ def _unit_means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
     interval = bootstrap_interval(values, resamples=RESAMPLES)
     return {name: float(values.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+class BestOfN:
+    """Completions drawn once, of which a reward model picks; the rewards they were given count as the truth."""
+
+    def __init__(self, forward: Forward, batches: list[Completions], samples: int):
+        self.batches, self.samples = batches, samples
+        self._rewards = make_reward(forward, 1)
+
+    def run(self, reward_model: Params) -> dict[str, float]:
+        """``best_of_{k}``: expected true reward of the best-scored of k, with its interval over prompts."""
+        picked, truths = [], []
+        for done in self.batches:
+            r = done.rollout
+            scores = gather(self._rewards(reward_model, {"tokens": r.tokens, "valid": r.valid}))
+            truth = done.rewards if (done.correct < 0).any() else done.correct
+            there = done.host.valid.any(axis=1)
+            picked.append(scores[there].reshape(-1, self.samples))
+            truths.append(np.asarray(truth, np.float64)[there].reshape(-1, self.samples))
+        metrics, n = {}, 1
+        while n <= self.samples:
+            values = [best_of_n(s, n, t) for s, t in zip(np.concatenate(picked), np.concatenate(truths), strict=True)]
+            metrics |= _with_interval(f"best_of_{n}", np.asarray(values))
+            n *= 2
+        return metrics

@@ -1,5 +1,6 @@
 """Preference rows as fixed-shape NumPy batches: pairs, rankings of K answers, and single answers with a label."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -187,6 +188,26 @@ def best_against_other(ranking: Comparison, number: int, seed: int) -> Compariso
         raise DataError(f"no answer of row {number} is worse than its best, so it prefers nothing; leave it out")
     other = worse[int(np.random.default_rng([seed, number]).integers(len(worse)))]
     return Comparison(ranking.prompt, [text, ranking.completions[other]], [score, ranking.scores[other]])
+
+
+def is_comparison(row: Row) -> bool:
+    """Whether a row holds answers that are judged, of any kind, steps too."""
+    return any(row.get(name) is not None for name in ("chosen", "completions", "completion", "steps"))
+
+
+def held_out_by_prompt(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """All rows but the last, and so many of the last, or a few more: rows of one prompt stay together."""
+    prompts = [str(read_comparison_prompt(row, number)) for number, row in enumerate(rows)]
+    sizes, held, found = Counter(prompts), set[str](), 0
+    for prompt in reversed(prompts):
+        if found >= count:
+            break
+        found += sizes[prompt] * (prompt not in held)
+        held.add(prompt)
+    train = [row for row, prompt in zip(rows, prompts, strict=True) if prompt not in held]
+    if not train:
+        raise DataError(f"holding out {count} rows leaves none to train on: their prompts are those of all rows")
+    return train, [row for row, prompt in zip(rows, prompts, strict=True) if prompt in held]
 
 
 def rows_of_split(rows: Sequence[Row], split: str) -> list[Row]:

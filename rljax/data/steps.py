@@ -30,6 +30,8 @@ class StepSource:
     tokens is dropped and counted in ``kept``, never cut. Raises DataError that names the row.
     """
 
+    unit = 1  # sequences a row
+
     def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, length: int, seed: int, *, shuffle: bool = True):
         self.length, self.seed, self.shuffle, self.pad_id = length, seed, shuffle, tokenizer.pad_id
         encoded = [_encode(row, number, tokenizer) for number, row in enumerate(rows)]

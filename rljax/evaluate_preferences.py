@@ -169,7 +169,7 @@ def label_metrics(
 
 
 def separation_metrics(rewards: Float[np.ndarray, " n"], desirable: Bool[np.ndarray, " n"]) -> dict[str, float]:
-    """Of labelled answers: the share of (desirable, undesirable) pairs in the right order, with its interval over rows."""
+    """Of labelled answers: the share of (desirable, undesirable) pairs in the right order, its interval over rows."""
     rng, rows = np.random.default_rng(0), np.arange(len(rewards))
     draws = (rng.choice(rows, len(rows)) for _ in range(RESAMPLES))
     resampled = [area_under_curve(rewards[d], desirable[d]) for d in draws if 0 < desirable[d].sum() < len(d)]
@@ -188,7 +188,7 @@ def separation_metrics(rewards: Float[np.ndarray, " n"], desirable: Bool[np.ndar
 
 def area_under_curve(values: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """Chance that a positive stands above a negative, ties half: Mann-Whitney's U over the number of pairs."""
-    levels, level_of, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    _, level_of, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[level_of]
     count, rest = positive.sum(), (~positive).sum()
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * rest))
@@ -228,7 +228,8 @@ class BestOfN:
             there = done.host.valid.any(axis=1)
             picked.append(scores[there].reshape(-1, self.samples))
             truths.append(np.asarray(truth, np.float64)[there].reshape(-1, self.samples))
-        metrics, n = {}, 1
+        metrics: dict[str, float] = {}
+        n = 1
         while n <= self.samples:
             values = [best_of_n(s, n, t) for s, t in zip(np.concatenate(picked), np.concatenate(truths), strict=True)]
             metrics |= _with_interval(f"best_of_{n}", np.asarray(values))

@@ -18,13 +18,13 @@ from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
-from rljax.models.hf_import import load_params
+from rljax.models.hf_import import find_params, load_params
 from rljax.rewards.runner import RewardRunner
 from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
 from rljax.sharding import agree
-from rljax.stages import build_stage
+from rljax.stages import build_stage, frozen_sources
 
 
 @dataclass
@@ -143,6 +143,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
     """Data, rewards, folder and checkpoints of a run, all checked; nothing is compiled yet. Raises ValueError."""
     config = session.config
     session.check_weights()
+    _check_folders(session)
     sources, texts, runner, evaluators, comparisons = open_inputs(session)
     with ExitStack() as stack:
         if runner is not None:
@@ -187,6 +188,19 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
             progress=progress,
             open_things=stack.pop_all(),
         )
+
+
+def _check_folders(session: Session) -> None:
+    """That every model folder which a stage names is whole and has the head it needs. Raises ModelFolderError."""
+    for name in session.config.recipe:
+        stage = session.config.stage(name)
+        algorithm = stage.algorithm()
+        named = [(source, role == "reward_model") for role, source in frozen_sources(stage, algorithm).items()]
+        if set(algorithm.trains) - {"policy"}:
+            named.append((stage.critic.init_from, True))
+        for source, is_scalar in named:
+            if source not in ("start", "base", "policy", *session.config.recipe):
+                find_params(source, session.scalar_model(source) if is_scalar else session.model_from(source))
 
 
 def _check_disk(session: Session, sources: list[Any]) -> None:

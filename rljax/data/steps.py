@@ -88,5 +88,5 @@ def _token_of_end(tokenizer: Tokenizer, ids: np.ndarray, end: int) -> int:
     low, high = 0, len(ids) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(tokenizer.decode(ids[: middle + 1])) >= end else (middle + 1, high)
+        low, high = (low, middle) if len(tokenizer.decode(ids[: middle + 1].tolist())) >= end else (middle + 1, high)
     return low

@@ -134,13 +134,13 @@ def comparison_metrics(rewards: PerAnswer, lengths: PerAnswer, better: Bool[np.n
     matched = better & (np.abs(longer) <= SAME_LENGTH * longest)
     accuracies, margins = (_unit_means(x, better) for x in (right, gaps))
     metrics = {
-        "n": float(len(rewards)),
-        "comparisons": float(better.sum()),
+        "n": len(rewards),
+        "comparisons": int(better.sum()),
         **_with_interval("accuracy", accuracies),
         **_with_interval("margin", margins),
         "ece": calibration_error(np.abs(gaps[better]), right[better]),
         "length_accuracy": float(((np.sign(longer[better]) + 1) / 2).mean()),
-        "matched_comparisons": float(matched.sum()),
+        "matched_comparisons": int(matched.sum()),
     }
     if matched.any():
         metrics |= _with_interval("matched_accuracy", _unit_means(right, matched)[matched.any(axis=(1, 2))])
@@ -157,8 +157,8 @@ def label_metrics(
     right = ((logits > 0) == (labels > 0.5)).astype(np.float64)
     shares = (right * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
     metrics = {
-        "n": float(len(logits)),
-        "comparisons": float(mask.sum()),
+        "n": len(logits),
+        "comparisons": int(mask.sum()),
         **_with_interval("accuracy", shares[mask.any(axis=1)]),
         "ece": calibration_error(np.abs(logits[mask]), right[mask]),
     }
@@ -179,7 +179,7 @@ def separation_metrics(rewards: Float[np.ndarray, " n"], desirable: Bool[np.ndar
     interval = dict(zip(_INTERVAL, (score, float(low), float(high)), strict=True))
     gap = float(rewards[desirable].mean() - rewards[~desirable].mean()) if both else float("nan")
     return {
-        "n": float(len(rewards)),
+        "n": len(rewards),
         **interval,
         "margin": gap,
         **{name.replace("accuracy", "score"): value for name, value in interval.items()},

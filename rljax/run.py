@@ -19,6 +19,7 @@ from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
 from rljax.models.hf_import import load_params
 from rljax.rewards.runner import RewardRunner
+from rljax.rollouts import ModelReward
 from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
@@ -115,11 +116,11 @@ class Run:
 
     # -- evaluation
 
-    def evaluate(self, split: str, trees: dict[str, Params]) -> None:
+    def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
         evaluator = self.evaluators.get(split)
         if evaluator is None or "policy" not in trees:
             return
-        metrics, batches = evaluator.run(trees["policy"], self.progress.step)
+        metrics, batches = evaluator.run(trees["policy"], self.progress.step, ranker)
         self.progress.scores[split] = metrics["score"]
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})

@@ -5,6 +5,7 @@ import time
 import jax
 import numpy as np
 
+from rljax.collect import model_reward
 from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
 from rljax.evaluate import sample_records
@@ -48,6 +49,8 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
+    frozen = model_reward(stage)
+    ranker = frozen and frozen._replace(weight=0.0)
     while progress.stage_step < config.steps:
         state = _one_step(run, stage, state)
         last = progress.stage_step == config.steps
@@ -55,9 +58,9 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         every = run.config.eval.every_steps
         evaluated = last or (every > 0 and progress.step % every == 0)
         if evaluated:
-            run.evaluate("dev", state.params)
+            run.evaluate("dev", state.params, ranker)
         if last:
-            run.evaluate("test", state.params)
+            run.evaluate("test", state.params, ranker)
             run.save_stage(name, state.params)
         score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
         run.writer.flush()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: a clock that sees other processes, the machine's ceilings, one JSON line a measurement."""
+"""What every benchmark shares: a clock that sees other processes, ceilings, one JSON line a measurement."""
 
 import argparse
 import json

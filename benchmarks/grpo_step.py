@@ -3,9 +3,17 @@
 python -m benchmarks.grpo_step --size s --dtype bfloat16
 """
 
-from benchmarks.common import Report, Sample, arguments, check, contention, median, timed
-from benchmarks.workload import COMPLETION, GROUP, PROMPT, PROMPTS, endless_session, forward_flops, grpo_config
-from benchmarks.workload import online_stage
+from benchmarks.common import Report, Sample, arguments, check, median, timed
+from benchmarks.workload import (
+    COMPLETION,
+    GROUP,
+    PROMPT,
+    PROMPTS,
+    endless_session,
+    forward_flops,
+    grpo_config,
+    online_stage,
+)
 from rljax.data.batches import DataPosition
 from rljax.stages import online_step
 

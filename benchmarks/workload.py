@@ -1,4 +1,4 @@
-"""The common workload: Llama shapes with random weights, random prompts, completions that never end, a random reward."""
+"""The common workload: Llama shapes, random weights, random prompts, completions that never end, random rewards."""
 
 import dataclasses
 import random

@@ -96,6 +96,8 @@ def kind(hint: Any) -> str:
         return f"list of {kind(args[0])}"
     if typing.get_origin(hint) is dict:
         return "group"
+    if dataclasses.is_dataclass(hint):
+        return "group, as `config.optim`"
     if args:
         return " or ".join("None" if arg is type(None) else kind(arg) for arg in args)
     assert noun(hint) != "another thing", hint
@@ -113,7 +115,15 @@ def default(cls: type, name: str) -> str:
         return f"`{vars(group)[name]!r}`" if group is not None else "not set"
     if name == "algo":
         return "see below, by name"
+    if dataclasses.is_dataclass(value):
+        return ", ".join(f"`{key} = {item!r}`" for key, item in vars(value).items() if differs(value, key))
     return f"`{value!r}`"
+
+
+def differs(group: Any, key: str) -> bool:
+    """Whether a nested group's default is its own, not its class's."""
+    standing = next(f for f in dataclasses.fields(group) if f.name == key).default
+    return vars(group)[key] != standing
 
 
 def cell(text: str) -> str:

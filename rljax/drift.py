@@ -12,6 +12,7 @@ import numpy as np
 
 from rljax.config import parse
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
+from rljax.forward import make_score
 from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
 from rljax.models.hf_import import load_params
@@ -23,7 +24,6 @@ from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session, open_session, start_devices
 from rljax.setup import make_runner, split_rows
 from rljax.sharding import gather
-from rljax.steps import make_score
 
 BEST_OF = (1, 2, 4, 8, 16)
 PROMPTS, SAMPLES = 64, 16

@@ -5,7 +5,7 @@ Training holds one or several trees (``{"policy": ..., "critic": ...}``); each m
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +41,15 @@ class OptimConfig:
     weight_decay: float = 0.0  # times the learning rate; norms and biases are spared
     decay_embeddings: bool = True  # whether weight decay takes embeddings too
     clip_norm: float = 1.0  # of the tree's gradient, before anything else; 0 is off
+    freeze_steps: int = 0  # optimizer steps at first in which the tree stays as it is: a critic-only phase
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
             raise ValueError(f"optim.name {self.name!r} is not one of {', '.join(RULES)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
-        for key in ("learning_rate", "warmup_steps", "final_learning_rate", "weight_decay", "clip_norm"):
+        amounts = ("learning_rate", "final_learning_rate", "weight_decay", "clip_norm")
+        for key in (*amounts, "warmup_steps", "freeze_steps"):
             if not vars(self)[key] >= 0:
                 raise ValueError(f"optim.{key} is {vars(self)[key]}; it must be 0 or more")
         for key in ("b1", "b2", "warmup_fraction"):
@@ -109,7 +111,30 @@ def decay_mask(params: PyTree, *, decay_embeddings: bool = True) -> PyTree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+class _Held(NamedTuple):
+    steps: Int[Array, ""]
+    inner: optax.OptState
+
+
+def _hold(inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    """No update and no moment for so many steps; ``inner`` then begins at its own step 0."""
+
+    def update(updates: PyTree, state: _Held, params: PyTree | None = None) -> tuple[PyTree, _Held]:
+        moved, after = inner.update(updates, state.inner, params)
+        held = state.steps < steps
+        moved = jax.tree.map(lambda x: jnp.where(held, 0, x), moved)
+        after = jax.tree.map(lambda new, old: jnp.where(held, old, new), after, state.inner)
+        return moved, _Held(optax.safe_increment(state.steps), after)
+
+    return optax.GradientTransformation(lambda params: _Held(jnp.int32(0), inner.init(params)), update)
+
+
 def _chain(config: OptimConfig, total_steps: int, clip: bool) -> optax.GradientTransformation:
+    chain = _moving_chain(config, max(total_steps - config.freeze_steps, 1), clip)
+    return _hold(chain, config.freeze_steps) if config.freeze_steps else chain
+
+
+def _moving_chain(config: OptimConfig, total_steps: int, clip: bool) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if clip and config.clip_norm else optax.identity(),
         RULES[config.name](config),

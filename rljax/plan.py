@@ -10,6 +10,7 @@ import numpy as np
 
 from rljax.config import Config, resolved
 from rljax.data.batches import DataPosition, PromptSource
+from rljax.forward import tree_outputs
 from rljax.models.attention import QUERY_CHUNK
 from rljax.models.layers import wide_dtype
 from rljax.models.params import abstract_params, parameter_count
@@ -17,7 +18,7 @@ from rljax.runs import flatten
 from rljax.session import Session
 from rljax.setup import open_inputs
 from rljax.sharding import Layout
-from rljax.stages import Stage, build_stage
+from rljax.stages import Stage, build_stage, frozen_sources
 
 SHOWN_PROMPTS = 2
 GIB = 2**30
@@ -55,7 +56,7 @@ def print_config(config: Config) -> None:
 def dry_run(session: Session) -> None:
     """Print the plan. Loads data, tokenizer and shapes; makes no weights, no folder, no program. Raises PlanError."""
     config = session.config
-    sources, runner, evaluators = open_inputs(session)
+    sources, _, runner, evaluators = open_inputs(session)
     if runner is not None:
         runner.close()
     train, decode = (dict(layout.mesh.shape) for layout in (session.train, session.decode))
@@ -128,8 +129,9 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
         Owner("parameters", _local_bytes(state.params), "always"),
         Owner("optimizer state", _local_bytes(state.opt_state), "always"),
     ]
-    if "ref_logprobs" in stage.algorithm.needs:
-        owners.append(Owner("frozen reference", _local_bytes(session.abstract_policy(session.dtype)), "always"))
+    for name in frozen_sources(stage.config, stage.algorithm):
+        model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
+        owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "always"))
     rows = _decoded_rows(stage)
     return owners + (_rollout_owners(stage, rows) if rows else []) + _update_owners(stage)
 
@@ -159,7 +161,7 @@ def _rollout_owners(stage: Stage, all_rows: int) -> list[Owner]:
         # XLA turns the cache into the layout of the loop while that of the prefill is still there.
         Owner("second cache", prompt + completion, "decode"),
         # In the carry, scaled and with noise; truncation sorts them too.
-        Owner("decode logits", logits * (5 if stage.forward.truncates else 3), "decode"),
+        Owner("decode logits", logits * (5 if stage.forwards["policy"].truncates else 3), "decode"),
     ]
 
 
@@ -177,7 +179,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
     layer = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(session.abstract_policy()["layers"]))
     tokens = local_rows * (_row_length(stage) - _prompt_length(stage) * stage.online)
     chunk = min(session.config.model.logits_chunk, tokens)
-    gradients = _local_bytes(session.abstract_policy())
+    gradients = _local_bytes(_abstract_trees(stage))
     return [
         Owner("gradients", gradients * (1 + (micro < minibatch)), "update"),
         Owner("gathered weights", tables + layer // layout.tensor * (wide + 2 * item), "update"),
@@ -189,7 +191,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
 def _kept_bytes_a_row(stage: Stage) -> int:
     """What the backward pass keeps of a row's forward pass on the device that has the row, by what autodiff says."""
     session, length = stage.session, _row_length(stage)
-    c, layout, policy = session.model.config, session.train, session.abstract_policy()
+    c, layout, trees = session.model.config, session.train, _abstract_trees(stage)
     rows = TRACED_ROWS * layout.data_shards
     batch = {
         "tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32),
@@ -197,15 +199,19 @@ def _kept_bytes_a_row(stage: Stage) -> int:
         "support": jax.ShapeDtypeStruct((rows, length), wide_dtype(session.dtype)),
     }
 
+    if "teacher_topk" in stage.algorithm.needs:
+        top_k = (rows, length, min(stage.config.teacher_top_k, c.vocab_size))
+        batch["teacher_tokens"] = jax.ShapeDtypeStruct(top_k, jnp.int32)
+
     def residuals(params: Any, batch: Any) -> Any:
         def outputs(params: Any) -> Any:
             head_from = _prompt_length(stage) if stage.online else 1
-            return stage.forward.outputs(params, batch, head_from, with_entropy="entropy" in stage.algorithm.needs)
+            return tree_outputs(stage.forwards, stage.algorithm, params, batch, head_from)
 
         return jax.vjp(outputs, params)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(residuals, policy, batch))
-    weights = {x.shape for x in jax.tree.leaves(policy)} | {(layout.data_shards * c.padded_vocab, c.width)}
+    kept = jax.tree.leaves(jax.eval_shape(residuals, trees, batch))
+    weights = {x.shape for x in jax.tree.leaves(trees)} | {(layout.data_shards * c.padded_vocab, c.width)}
     by_tensor = {c.num_heads, c.ffn_width, max(c.num_kv_heads, layout.tensor)}
     sizes = (
         x.size * x.dtype.itemsize // (layout.tensor if by_tensor & set(x.shape[1:]) else 1)
@@ -213,6 +219,10 @@ def _kept_bytes_a_row(stage: Stage) -> int:
         if x.shape not in weights
     )
     return sum(sizes) // rows
+
+
+def _abstract_trees(stage: Stage) -> dict[str, Any]:
+    return {tree: stage.session.abstract_tree(model) for tree, model in stage.trees.items()}
 
 
 def _forward_column(stage: Stage, layout: Layout) -> int:

@@ -29,6 +29,7 @@ class Completions(NamedTuple):
     rewards: np.ndarray  # [b]
     correct: np.ndarray  # [b] 1 right, 0 wrong, -1 nobody judges
     parts: dict[str, np.ndarray]  # each reward's own value, [b]
+    dense: np.ndarray | None  # [b, t] what rewards gave to single tokens; None where none did
     failures: int
     samples: dict[int, Sample]  # this process's rows by number
     answers: dict[int, str | None]
@@ -44,15 +45,23 @@ class Completions(NamedTuple):
         return self.host.finish_reason == FINISH_END
 
 
+class ModelReward(NamedTuple):
+    """A reward model on the devices: ``scores(rollout) -> [b]``, and what the sum of rewards takes of it."""
+
+    scores: Callable[[Rollout], Any]
+    weight: float
+
+
 def complete(
     session: Session,
     generate: Generate,
     params: Any,
     prompts: PromptBatch,
     rows: Sequence[Row],
-    runner: RewardRunner,
+    runner: RewardRunner | None,
     key: PRNGKeyArray,
     version: int,
+    model_reward: ModelReward | None = None,
 ) -> Completions:
     """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process."""
     start = time.perf_counter()
@@ -63,25 +72,35 @@ def complete(
     middle = time.perf_counter()
     mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
     samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
-    scored = runner.score(list(samples.values()))
-    values = np.zeros((2 + len(runner.names) + 1, len(rows)))
-    values[0, mine] = scored.values
-    values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
-    for k, name in enumerate(runner.names):
-        values[2 + k, mine] = [parts[name] for parts in scored.parts]
-    np.add.at(values[-1], mine[[f.index for f in scored.failures]], 1)
+    names = runner.names if runner is not None else []
+    values = np.zeros((2 + len(names) + 1, len(rows)))
+    values[1, mine] = -1
+    answers: dict[int, str | None] = dict.fromkeys(samples)
+    if runner is not None:
+        scored = runner.score(list(samples.values()))
+        values[0, mine] = scored.values
+        values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
+        for k, name in enumerate(names):
+            values[2 + k, mine] = [parts[name] for parts in scored.parts]
+        np.add.at(values[-1], mine[[f.index for f in scored.failures]], 1)
+        answers = dict(zip(samples, scored.answers, strict=True))
     # Exactly one process owns a row; the others hold zeros, so the sum is the owner's value to the last bit.
     values = agree(values, lambda stacked: stacked.sum(axis=0))
+    parts = {name: values[2 + k] for k, name in enumerate(names)}
+    if model_reward is not None:
+        parts["model"] = gather(model_reward.scores(rollout)).astype(float)
+        values[0] += model_reward.weight * parts["model"]
     return Completions(
         rollout=rollout,
         host=host,
         rows=list(rows),
         rewards=values[0],
         correct=values[1].astype(int),
-        parts={name: values[2 + k] for k, name in enumerate(runner.names)},
+        parts=parts,
+        dense=None,
         failures=int(values[-1].sum()),
         samples=samples,
-        answers=dict(zip(samples, scored.answers, strict=True)),
+        answers=answers,
         rollout_s=middle - start,
         reward_s=time.perf_counter() - middle,
     )

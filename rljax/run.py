@@ -15,8 +15,9 @@ from rljax.data.batches import DataPosition, PromptSource, SupervisedSource
 from rljax.data.overlap import count_overlap
 from rljax.evaluate import Evaluator, show
 from rljax.metrics import MetricsWriter
-from rljax.models.decoder import Params
+from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
+from rljax.models.hf_import import load_params
 from rljax.rewards.runner import RewardRunner
 from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
@@ -59,10 +60,11 @@ class Run:
     preemption: Preemption
     compiles: CompileCounter
     sources: list[PromptSource | SupervisedSource]  # by stage
+    texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     evaluators: dict[str, Evaluator]
     progress: Progress
     open_things: ExitStack
-    params: Params | None = None  # the policy when the last stage is done
+    trees: dict[str, Params] | None = None  # what the last stage trained, when it is done
     traces: bool = False  # a profile is being taken
 
     def __enter__(self) -> "Run":
@@ -82,27 +84,42 @@ class Run:
 
     # -- weights that stages hand to each other
 
-    def _stage_weights(self, name: str) -> Checkpointer:
-        return Checkpointer(self.session.folder / "stages" / name, keep=1, keep_best=0)
+    def _stage_weights(self, name: str, tree: str) -> Checkpointer:
+        return Checkpointer(self.session.folder / "stages" / name / tree, keep=1, keep_best=0)
 
-    def save_stage(self, name: str, params: Params) -> None:
-        with self._stage_weights(name) as store:
-            store.save(self.progress.stage_step, params, {}, force=True)  # a stage may be prolonged later
-            store.wait()
+    def save_stage(self, name: str, trees: dict[str, Params]) -> None:
+        for tree, params in trees.items():
+            with self._stage_weights(name, tree) as store:
+                store.save(self.progress.stage_step, params, {}, force=True)  # a stage may be prolonged later
+                store.wait()
 
-    def load_stage(self, name: str) -> Params:
-        if name == "base":
-            return self.session.base_params()
-        with self._stage_weights(name) as store:
-            return store.restore(self.session.abstract_policy())[0]
+    def load_policy(self, source: str, model: Model | None = None) -> Params:
+        """A policy in master precision: base, what a stage trained, or a folder's."""
+        session = self.session
+        if source == "base":
+            return session.base_params()
+        if source in self.config.recipe:
+            return self._load_tree(source, "policy", session.model)
+        return load_params(source, model or session.model_from(source), session.train, dtype=session.param_dtype)
+
+    def load_scalar(self, source: str, model: Model) -> Params:
+        """A reward model or critic, head included: what a stage trained, or a folder's."""
+        if source not in self.config.recipe:
+            return load_params(source, model, self.session.train, dtype=self.session.param_dtype)
+        trained = self.config.stage(source).algorithm().trains
+        return self._load_tree(source, next(tree for tree in trained if tree != "policy"), model)
+
+    def _load_tree(self, stage: str, tree: str, model: Model) -> Params:
+        with self._stage_weights(stage, tree) as store:
+            return store.restore(self.session.abstract_tree(model))[0]
 
     # -- evaluation
 
-    def evaluate(self, split: str, params: Params) -> None:
+    def evaluate(self, split: str, trees: dict[str, Params]) -> None:
         evaluator = self.evaluators.get(split)
-        if evaluator is None:
+        if evaluator is None or "policy" not in trees:
             return
-        metrics, batches = evaluator.run(params, self.progress.step)
+        metrics, batches = evaluator.run(trees["policy"], self.progress.step)
         self.progress.scores[split] = metrics["score"]
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})
@@ -114,7 +131,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
     """Data, rewards, folder and checkpoints of a run, all checked; nothing is compiled yet. Raises ValueError."""
     config = session.config
     session.check_weights()
-    sources, runner, evaluators = open_inputs(session)
+    sources, texts, runner, evaluators = open_inputs(session)
     with ExitStack() as stack:
         if runner is not None:
             stack.enter_context(runner)
@@ -145,7 +162,17 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         if not resumes:
             _report_data(writer, sources, evaluators)
         return Run(
-            session, runner, writer, checkpoints, preemption, compiles, sources, evaluators, progress, stack.pop_all()
+            session=session,
+            runner=runner,
+            writer=writer,
+            checkpoints=checkpoints,
+            preemption=preemption,
+            compiles=compiles,
+            sources=sources,
+            texts=texts,
+            evaluators=evaluators,
+            progress=progress,
+            open_things=stack.pop_all(),
         )
 
 
@@ -161,7 +188,8 @@ def _check_disk(session: Session, sources: list[PromptSource | SupervisedSource]
     stages = [build_stage(session, config.stage(name), 0, source, None) for name, source in named]
     kept = 1 if (folder / "checkpoints").exists() else config.checkpoint.keep + int(config.checkpoint.keep_best) + 1
     states = kept * max(_bytes(stage.abstract_saved()) for stage in stages)
-    weights = (len(stages) + int(config.checkpoint.export)) * _bytes(session.abstract_policy())
+    weights = sum(_bytes(session.abstract_tree(model)) for stage in stages for model in stage.trees.values())
+    weights += int(config.checkpoint.export) * _bytes(session.abstract_policy())
     check_space(next(place for place in (folder, *folder.parents) if place.exists()), states + weights)
 
 
@@ -197,9 +225,11 @@ def finish(run: Run) -> None:
     if run.progress.step < total_steps(run.config):
         return
     session, tokenizer = run.session, run.session.tokenizer
-    params = run.params if run.params is not None else run.load_stage(run.config.recipe[-1])
+    trained = [name for name in run.config.recipe if "policy" in run.config.stage(name).algorithm().trains]
     run.checkpoints.wait()
-    if run.config.checkpoint.export:
+    if run.config.checkpoint.export and trained:
+        trees = run.trees if run.trees is not None and trained[-1] == run.config.recipe[-1] else None
+        params = trees["policy"] if trees is not None else run.load_policy(trained[-1])
         ids = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": list(tokenizer.end_ids),

@@ -14,13 +14,14 @@ from jaxtyping import PRNGKeyArray
 from rljax.config import Config, ConfigError, StageConfig
 from rljax.data.tokenizer import Tokenizer, character_tokenizer, load_tokenizer
 from rljax.decoding import Sampling
+from rljax.forward import Forward
 from rljax.models import FAMILIES, ModelFolderError
 from rljax.models.decoder import Model, Params, check_tensor_degree
 from rljax.models.hf_import import find_params, load_config, load_params
-from rljax.models.params import abstract_params, init_params
+from rljax.models.params import abstract_params, init_params, init_scalar_head, param_shardings
 from rljax.peers import join_peers
 from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
-from rljax.steps import Forward
+from rljax.steps import copy_params
 
 # One fold of the root key for each purpose: no key is ever stored, split in sequence or used twice.
 ROLLOUT_KEY, SHUFFLE_KEY, EVAL_KEY, CONTROL_KEY = range(4)
@@ -64,10 +65,10 @@ class Session:
             min_p=r.min_p,
         )
 
-    def forward(self, sampling: Sampling | None) -> Forward:
+    def forward(self, sampling: Sampling | None, model: Model | None = None) -> Forward:
         """How training and scoring run rows: at the sampler's temperature, on its support."""
         return Forward(
-            model=self.model,
+            model=model or self.model,
             layout=self.train,
             dtype=self.dtype,
             remat=self.config.model.remat,
@@ -76,8 +77,37 @@ class Session:
             truncates=sampling.truncates if sampling else False,
         )
 
+    def abstract_tree(self, model: Model, dtype: Any = None) -> Params:
+        return abstract_params(model, self.train, dtype or self.param_dtype)
+
     def abstract_policy(self, dtype: Any = None) -> Params:
-        return abstract_params(self.model, self.train, dtype or self.param_dtype)
+        return self.abstract_tree(self.model, dtype)
+
+    def model_from(self, source: str) -> Model:
+        """The shape of a policy: that of the run, or of another folder with the same vocabulary."""
+        if source in ("", "base", "policy", *self.config.recipe):
+            return self.model
+        model = load_config(source)
+        if model.config.vocab_size != self.model.config.vocab_size:
+            raise ModelFolderError(
+                f"{source} has a vocabulary of {model.config.vocab_size} and the policy one of "
+                f"{self.model.config.vocab_size}; models that score the same tokens share a tokenizer"
+            )
+        check_tensor_degree(model.config, self.train.tensor)
+        return model.padded_for(self.train.tensor, self.decode.tensor)
+
+    def scalar_model(self, source: str) -> Model:
+        """The shape of a critic or reward model that starts as ``source``: policy, a stage or a folder."""
+        while source in self.config.recipe:
+            source = self.config.stage(source).critic.init_from
+        return self.model_from(source)._replace(scores=1)
+
+    def with_scalar_head(self, body: Params, model: Model, seed: int) -> Params:
+        """A copy of a policy's body under a new scalar head."""
+        names = ("embed", "layers", "final_norm")
+        head = init_scalar_head(model, self.train, seed, self.param_dtype)
+        body, places = ({name: tree[name] for name in names} for tree in (body, param_shardings(model, self.train)))
+        return {**copy_params(body, places, self.param_dtype), **head}
 
     def check_weights(self) -> None:
         """That a checkpoint's files are there and whole. Raises ModelFolderError."""
@@ -174,14 +204,15 @@ def _check_length(stage: StageConfig, model: Model, where: str) -> None:
 def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -> None:
     """Rows must divide over data shards, and groups must not span them."""
     shards = max(train.data_shards, decode.data_shards)
-    rows = stage.batch.rows or stage.rollout.prompts_per_step * stage.rollout.group_size
-    if not stage.batch.rows and stage.rollout.prompts_per_step % shards:
+    rows, unit = stage.rows_per_step, stage.algorithm().unit
+    if stage.is_online and stage.rollout.prompts_per_step % shards:
         raise MeshError(
             f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's "
             f"{shards} data shards"
         )
     micro = stage.batch.micro_batch_rows or rows // stage.batch.minibatches
-    if micro % train.data_shards:
+    if micro % (train.data_shards * unit):
+        kept = f" in units of {unit} that stay together" if unit > 1 else ""
         raise MeshError(
-            f"{where}.batch: micro-batches of {micro} rows do not divide over {train.data_shards} data shards"
+            f"{where}.batch: micro-batches of {micro} rows do not divide over {train.data_shards} data shards{kept}"
         )

@@ -1,5 +1,6 @@
 """From a config's names to data sources, rewards and evaluators."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ class Inputs(NamedTuple):
     """What a run reads and judges with."""
 
     sources: list[PromptSource | SupervisedSource]  # by stage
+    texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     runner: RewardRunner | None
     evaluators: dict[str, Evaluator]
 
@@ -28,6 +30,7 @@ def open_inputs(session: Session) -> Inputs:
     """Data, rewards and evaluations of a run, tried on a row of each data set. Raises ValueError."""
     config = session.config
     sources = [make_source(session, config.stage(name)) for name in config.recipe]
+    texts = [make_text_mix(session, config.stage(name)) for name in config.recipe]
     runner = make_runner(config)
     try:
         evaluators = make_evaluators(session, runner)
@@ -38,7 +41,7 @@ def open_inputs(session: Session) -> Inputs:
         if runner is not None:
             runner.close()
         raise
-    return Inputs(sources, runner, evaluators)
+    return Inputs(sources, texts, runner, evaluators)
 
 
 def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSource]) -> None:
@@ -79,6 +82,16 @@ def make_source(session: Session, stage: StageConfig) -> PromptSource | Supervis
     if stage.is_online:
         return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
     return SupervisedSource(rows, session.tokenizer, stage.data.row_length, stage.data.seed)
+
+
+def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | None:
+    """The text that a stage mixes into its steps; None where it mixes none."""
+    mix = stage.text_mix
+    if not mix.coef:
+        return None
+    data = replace(stage.data, train=mix.train, train_rows=mix.train_rows, columns=mix.columns, options=mix.options)
+    rows = _load(data, mix.train, "train", mix.train_rows)
+    return SupervisedSource(rows, session.tokenizer, mix.row_length, stage.data.seed)
 
 
 def make_runner(config: Config) -> RewardRunner | None:

@@ -10,7 +10,8 @@ from rljax.data.batches import DataPosition
 from rljax.evaluate import sample_records
 from rljax.models.decoder import Params
 from rljax.run import Run, total_steps
-from rljax.stages import Stage, StepResult, build_stage, offline_step, online_step
+from rljax.stage_steps import StepResult, offline_step, online_step
+from rljax.stages import Stage, build_stage, frozen_sources
 from rljax.steps import TrainState
 from rljax.usage import usage_metrics
 
@@ -26,27 +27,27 @@ def train(run: Run) -> None:
         done = run.progress.stage == number and run.progress.stage_step >= config.steps > 0
         if run.progress.stage > number or done:
             continue
-        run.params = _run_stage(run, number, name, config)
-        if run.params is None:
+        run.trees = _run_stage(run, number, name, config)
+        if run.trees is None:
             return
 
 
-def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params | None:
+def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[str, Params] | None:
     session, progress = run.session, run.progress
-    stage = build_stage(session, config, number, run.sources[number], run.runner)
+    stage = build_stage(session, config, number, run.sources[number], run.runner, run.texts[number])
     origin = _origin(run.config, number)
     if progress.stage == number and progress.stage_step > 0:
         state = _restore(run, stage, origin)
     else:
         progress.stage, progress.stage_step, progress.data = number, 0, DataPosition()
-        params = run.load_stage(origin)
+        trees = _starting_trees(run, stage, origin)
         if progress.step == 0:
-            run.evaluate("test", params)
-            run.evaluate("dev", params)
-        _set_reference(run, stage, origin, params)
-        state = stage.start(params)
+            run.evaluate("test", trees)
+            run.evaluate("dev", trees)
+        _freeze_models(run, stage, origin, trees.get("policy"))
+        state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
-            run.save_stage(name, params)
+            run.save_stage(name, state.params)
     while progress.stage_step < config.steps:
         state = _one_step(run, stage, state)
         last = progress.stage_step == config.steps
@@ -54,10 +55,10 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
         every = run.config.eval.every_steps
         evaluated = last or (every > 0 and progress.step % every == 0)
         if evaluated:
-            run.evaluate("dev", state.params["policy"])
+            run.evaluate("dev", state.params)
         if last:
-            run.evaluate("test", state.params["policy"])
-            run.save_stage(name, state.params["policy"])
+            run.evaluate("test", state.params)
+            run.save_stage(name, state.params)
         score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
         run.writer.flush()
         run.checkpoints.save(progress.step, stage.saved(state), progress.to_json(), score=score, force=last or leave)
@@ -67,7 +68,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> Params 
                 progress.step, f"asked to leave: step {progress.step} is saved; the same command goes on from there"
             )
             return None
-    return state.params["policy"]
+    return state.params
 
 
 def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
@@ -90,11 +91,9 @@ def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
 
 def _count(run: Run, stage: Stage, result: StepResult) -> None:
     progress, metrics = run.progress, result.metrics
-    rows = stage.rows_per_step
-    group = stage.config.rollout.group_size if stage.online else 1
-    rounds = int(metrics.get("train/rounds", 1))
-    progress.prompts += rounds * rows // group
-    progress.episodes += rounds * rows
+    rollout, rounds = stage.config.rollout, int(metrics.get("train/rounds", 1))
+    progress.prompts += rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step
+    progress.episodes += rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step
     progress.tokens += int(metrics.pop("tokens"))
     progress.bad_steps = progress.bad_steps + 1 if metrics["train/skipped"] else 0
     metrics |= {
@@ -142,27 +141,43 @@ def _apply_limits(run: Run, metrics: dict[str, float]) -> None:
 
 
 def _origin(config: Config, number: int) -> str:
-    """The stage whose final weights this one starts from, or base."""
+    """The stage whose final policy this one starts from, or base."""
     init_from = config.stage(config.recipe[number]).init_from
-    if init_from == "previous":
-        return config.recipe[number - 1] if number else "base"
-    return init_from
+    if init_from != "previous":
+        return init_from
+    trained = [name for name in config.recipe[:number] if "policy" in config.stage(name).algorithm().trains]
+    return trained[-1] if trained else "base"
 
 
-def _set_reference(run: Run, stage: Stage, origin: str, params: Params | None) -> None:
-    if "ref_logprobs" not in stage.algorithm.needs:
-        return
-    source = origin if stage.config.reference_from == "start" else stage.config.reference_from
-    stage.freeze_reference(params if params is not None and source == origin else run.load_stage(source))
+def _starting_trees(run: Run, stage: Stage, origin: str) -> dict[str, Params]:
+    """The policy that the stage starts from, and what it trains beside it."""
+    session, critic = run.session, stage.config.critic
+    trees = {"policy": run.load_policy(origin)}
+    for tree, model in stage.trees.items():
+        if tree != "policy" and critic.init_from == "policy":
+            trees[tree] = session.with_scalar_head(trees["policy"], model, critic.seed)
+        elif tree != "policy":
+            trees[tree] = run.load_scalar(critic.init_from, model)
+    return trees
+
+
+def _freeze_models(run: Run, stage: Stage, origin: str, policy: Params | None) -> None:
+    for name, named in frozen_sources(stage.config, stage.algorithm).items():
+        source = origin if named == "start" else named
+        if name == "reward_model":
+            stage.freeze(name, run.load_scalar(source, stage.forwards[name].model))
+        elif policy is not None and source == origin:
+            stage.freeze(name, policy)
+        else:
+            stage.freeze(name, run.load_policy(source, stage.forwards[name].model))
 
 
 def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     start = time.perf_counter()
     saved, _ = run.checkpoints.restore(stage.abstract_saved())
     run.checkpoints.delete_after(run.progress.step)
+    _freeze_models(run, stage, origin, None)
     state = stage.restored(saved)
-    if stage.reference is None:
-        _set_reference(run, stage, origin, None)
     run.writer.event(
         run.progress.step, f"going on from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
     )

@@ -54,17 +54,24 @@ class Experience(NamedTuple):
     correct: Bool[Array, " b"]
     ref_logprobs: Float[Array, "b t"] | None = None
     proximal_logprobs: Float[Array, "b t"] | None = None
-    values: Float[Array, "b t"] | None = None
-    dense_rewards: Float[Array, "b t"] | None = None
+    values: Float[Array, "b t"] | Float[Array, "b t n"] | None = None  # the critic's, before the first update
+    final_values: Float[Array, " b"] | Float[Array, "b n"] | None = None  # read at the last token of the row
+    dense_rewards: Float[Array, "b t"] | None = None  # what rewards gave to single tokens (``Score.spans``)
+    guide_logprobs: Float[Array, "b t"] | None = None  # of another frozen policy, such as RTO's
+    teacher_tokens: Int[Array, "b t k"] | None = None  # a teacher's likeliest tokens at each position
+    teacher_logprobs: Float[Array, "b t k"] | None = None  # and their log-probs
 
 
 class Outputs(NamedTuple):
-    """What one head pass over a micro-batch gives an algorithm's ``loss``; entries it did not ask for are None."""
+    """What one pass over a micro-batch gives an algorithm's ``loss``; entries it did not ask for are None."""
 
-    logprobs: Float[Array, "b t"]  # on the support that was sampled from
+    logprobs: Float[Array, "b t"] | None = None  # on the support that was sampled from; None: no policy is trained
     entropy: Float[Array, "b t"] | None = None
-    values: Float[Array, "b t"] | None = None
+    values: Float[Array, "b t"] | Float[Array, "b t n"] | None = None  # the critic's, read where a token is predicted
     full_logprobs: Float[Array, "b t"] | None = None  # of the whole vocabulary; None: ``logprobs`` are
+    scores: Float[Array, "b t"] | None = None  # a reward model's, read at the token itself
+    topk_logprobs: Float[Array, "b t k"] | None = None  # of the batch's ``teacher_tokens``
+    collision: Float[Array, "b t"] | None = None  # log Σ_v π(v)²
 
 
 class Term(NamedTuple):

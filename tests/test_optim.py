@@ -224,3 +224,25 @@ def test_norms_and_ratios():
     )
     assert float(ratios["policy"]) == 0.0
     assert float(ratios["critic"]) == pytest.approx(2**0.5 / 12, rel=1e-6)
+
+
+def test_a_tree_that_is_held_stays_as_it_is_and_then_begins_at_its_own_step_0():
+    held = OptimConfig(learning_rate=0.1, freeze_steps=2, weight_decay=0.1, schedule="linear", warmup_steps=1)
+    free = OptimConfig(learning_rate=0.1)
+    params = {"policy": jnp.asarray([1.0, -2.0]), "critic": jnp.asarray([0.5])}
+    optimizer = make_optimizer({"policy": held, "critic": free}, 6)
+    alone = make_optimizer({"policy": OptimConfig(**{**vars(held), "freeze_steps": 0})}, 4)
+    state, alone_state = optimizer.init(params), alone.init({"policy": params["policy"]})
+    now, expected = params, {"policy": params["policy"]}
+    for step in range(4):
+        gradients = {"policy": jnp.asarray([3.0, step + 1.0]), "critic": jnp.asarray([1.0])}
+        updates, state = optimizer.update(gradients, state, now)
+        now = optax.apply_updates(now, updates)
+        if step < 2:
+            np.testing.assert_array_equal(now["policy"], params["policy"])  # to the bit
+            assert now["critic"][0] != params["critic"][0]
+            continue
+        # The moments of the held steps were not kept: from here on it is an optimizer that has just begun.
+        updates, alone_state = alone.update({"policy": gradients["policy"]}, alone_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        np.testing.assert_array_equal(now["policy"], expected["policy"])

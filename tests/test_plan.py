@@ -164,7 +164,7 @@ def test_the_estimate_is_within_a_factor_of_what_the_compiler_takes(settings, ca
 
 def test_the_train_state_is_counted_to_the_byte():
     stage = make_stage(mesh="1,4,2")
-    state = stage.start(stage.session.base_params())
+    state = stage.start({"policy": stage.session.base_params()})
     device = stage.session.train.mesh.devices.flat[0]
 
     def on_device(tree) -> int:

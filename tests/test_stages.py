@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.collect import collect
 from rljax.compiles import CompileCounter
 from rljax.data.batches import DataPosition
 from rljax.rewards.base import Score
-from rljax.stages import Stage, collect, online_step
+from rljax.stage_steps import online_step
+from rljax.stages import Stage
 from rljax.steps import TrainState
 from rljax.types import FINISH_END, Prompts, Rollout
 from tests.truths import digit_share, main_stage, tiny_session
@@ -138,7 +140,8 @@ def test_groups_without_a_verdict_are_judged_by_their_rewards(mixing: Any) -> No
 def test_every_group_all_right_trains_nothing_and_counts_as_a_step(mixing: Any) -> None:
     stage = mixing("a", 2)
     before = jax.device_get(stage.session.base_params())
-    state, position, metrics, done = online_step(stage, stage.start(stage.session.base_params()), DataPosition(), 0)
+    state = stage.start({"policy": stage.session.base_params()})
+    state, position, metrics, done = online_step(stage, state, DataPosition(), 0)
     assert position == DataPosition(0, 8) and not done.host.loss_mask.any()
     assert metrics["train/loss"] == metrics["train/grad_norm/policy"] == metrics["train/skipped"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], before)
@@ -170,10 +173,10 @@ def trained() -> dict[str, Any]:
 
     stage._programs["targets", 8] = watched
     start = jax.device_get(stage.reference)
-    plain = online_step(stage, stage.start(session.base_params()), DataPosition(), 0)
+    plain = online_step(stage, stage.start({"policy": session.base_params()}), DataPosition(), 0)
     permute = dataclasses.replace(stage.config.reward, permute=True)
     stage.config = dataclasses.replace(stage.config, reward=permute)
-    permuted = online_step(stage, stage.start(session.base_params()), DataPosition(), 0)
+    permuted = online_step(stage, stage.start({"policy": session.base_params()}), DataPosition(), 0)
     return {"stage": stage, "start": start, "plain": plain, "permuted": permuted, "rewards": seen}
 
 
@@ -222,7 +225,7 @@ def test_a_running_mean_keeps_its_bits_in_bfloat16() -> None:
     """Decay .999: a thousandth of the way is less than a bfloat16 can show."""
     session = tiny_session(compute_dtype="bfloat16", reference_ema=0.999)
     stage = main_stage(session, digit_share)
-    state = stage.start(jax.tree.map(lambda x: 1.5 * x, session.base_params()))
+    state = stage.start({"policy": jax.tree.map(lambda x: 1.5 * x, session.base_params())})
     start = jax.device_get(stage.reference)
     stage.update_reference(state, 1)
     expected = jax.tree.map(lambda r: (0.999 + 0.0015) * r, start)

@@ -10,21 +10,11 @@ import pytest
 
 from rljax.algos import sft
 from rljax.algos.base import Algorithm, Batch
+from rljax.forward import cut_rows, join_rows, make_score, take_rows
 from rljax.models.params import init_params, param_shardings
 from rljax.optim import OptimConfig, make_optimizer
 from rljax.sharding import to_global
-from rljax.steps import (
-    TrainState,
-    UpdatePlan,
-    copy_params,
-    cut_rows,
-    init_state,
-    join_rows,
-    make_divergence,
-    make_score,
-    make_update,
-    take_rows,
-)
+from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
 from rljax.types import Outputs, Term
 from tests.models.tiny import layout, tiny_model
 from tests.truths import grpo_algorithm, make_gradient, random_batch, relative_error, tiny_forward
@@ -62,7 +52,7 @@ def updater(
 ) -> Any:
     where = jax.tree.map(lambda x: x.sharding, start(optimizer, algorithm))
     plan = UpdatePlan(epochs=epochs, minibatches=minibatches, micro_batches=1, head_from=head_from)
-    program = make_update(algorithm, tiny_forward(MODEL, PLACE), optimizer, plan, where)
+    program = make_update(algorithm, {"policy": tiny_forward(MODEL, PLACE)}, optimizer, plan, where)
 
     def update(state: TrainState, batch: Batch, seed: int = 0) -> tuple[TrainState, dict[str, np.ndarray]]:
         placed = {name: to_global(x, PLACE.rows) for name, x in batch.items()}
@@ -110,8 +100,8 @@ def counting(rows: int) -> Algorithm:
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
         return {"seen": Term(jnp.sum(2.0 ** batch["number"]), "", 0.0), "nll": Term(-outputs.logprobs.sum(), "")}
 
-    def prepare(batch: Batch) -> tuple[Batch, dict]:
-        return batch, {"": jnp.float32(1)}
+    def prepare(state: Any, batch: Batch, key: Any) -> tuple[Any, Batch, dict]:
+        return state, batch, {"": jnp.float32(1)}
 
     return sft.make(sft.Config(), group_size=1, max_new_tokens=1)._replace(loss=loss, prepare=prepare)
 

@@ -11,10 +11,11 @@ import pytest
 
 from rljax.algos import sft
 from rljax.algos.base import Algorithm
+from rljax.forward import Forward, make_score
 from rljax.models.decoder import hidden_states, logits, row_positions
 from rljax.models.params import abstract_params, param_shardings
 from rljax.optim import OptimConfig, make_optimizer
-from rljax.steps import Forward, UpdatePlan, init_state, make_score, make_update
+from rljax.steps import UpdatePlan, init_state, make_update
 from tests.models.tiny import layout, tiny_model
 from tests.truths import grpo_algorithm, random_batch, tiny_forward
 
@@ -48,7 +49,7 @@ def compiled_update(algorithm: Algorithm, head_from: int, **changes: Any) -> str
     state = jax.eval_shape(lambda p: init_state(p, shardings, optimizer, algorithm.init(), place), params)
     where = jax.tree.map(lambda _: place.replicated, state)
     plan = UpdatePlan(epochs=2, minibatches=1, micro_batches=1, head_from=head_from)
-    update = make_update(algorithm, forward, optimizer, plan, where)
+    update = make_update(algorithm, {"policy": forward}, optimizer, plan, where)
     return update.lower(state, abstract_batch(), jax.random.key(0)).compile().as_text()
 
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.collect import collect
 from rljax.compiles import CompileCounter, RecompileError
 from rljax.data.batches import DataPosition
-from rljax.stages import Stage, collect, online_step
+from rljax.stage_steps import online_step
+from rljax.stages import Stage
 from rljax.steps import TrainState
 from tests.truths import digit_share, main_stage, tiny_session
 
@@ -47,7 +49,7 @@ def test_a_closed_counter_counts_no_more() -> None:
 def stage() -> tuple[Stage, TrainState]:
     session = tiny_session(**{"optim.learning_rate": 0.03, "batch.epochs": 2})
     stage = main_stage(session, digit_share)
-    return stage, stage.start(session.base_params())
+    return stage, stage.start({"policy": session.base_params()})
 
 
 def test_a_run_compiles_nothing_after_its_first_step(counter: CompileCounter, stage: tuple[Stage, TrainState]) -> None:

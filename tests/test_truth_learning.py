@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from rljax.data.batches import DataPosition
-from rljax.stages import Stage, online_step
+from rljax.stage_steps import online_step
+from rljax.stages import Stage
 from tests.truths import main_stage, tiny_session
 
 STEPS = 25
@@ -31,7 +32,7 @@ def make_stage(**changes: Any) -> Stage:
 
 def learning_curve(stage: Stage) -> list[float]:
     """The mean reward of every step."""
-    state, position, curve = stage.start(stage.session.base_params()), DataPosition(), []
+    state, position, curve = stage.start({"policy": stage.session.base_params()}), DataPosition(), []
     for step in range(STEPS):
         state, position, metrics, _ = online_step(stage, state, position, step)
         curve.append(metrics["train/reward"])

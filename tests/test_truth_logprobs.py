@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from rljax.data.batches import DataPosition
+from rljax.forward import make_score
 from rljax.losses.logprobs import token_logprobs, truncated_logprobs
 from rljax.models.params import init_params
-from rljax.stages import online_step
-from rljax.steps import make_score
+from rljax.stage_steps import online_step
 from rljax.types import Rollout
 from tests.models.tiny import layout, row_logits, tiny_model
 from tests.truths import (
@@ -155,7 +155,7 @@ def test_the_ratio_is_1_on_the_first_minibatch_and_not_on_the_second() -> None:
     settings = {"rollout.temperature": 0.7, "rollout.top_p": 0.8, "optim.learning_rate": 0.1, "algo.kl_coef": 0.1}
     session = tiny_session(**settings)
     stage = main_stage(session, digit_share)
-    metrics = online_step(stage, stage.start(session.base_params()), DataPosition(), 0).metrics
+    metrics = online_step(stage, stage.start({"policy": session.base_params()}), DataPosition(), 0).metrics
     assert abs(np.expm1(metrics["train/first_max_log_ratio"])) <= 1e-5
     assert metrics["train/max_log_ratio"] > 1e-2  # the largest over both minibatches
     # The reference is the policy, but whole: the sampler is nearer to itself by the mass it kept, at least .8.

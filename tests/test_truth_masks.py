@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rljax.algos.base import Batch
+from rljax.forward import make_score
 from rljax.models.params import init_params
-from rljax.steps import make_score
 from rljax.types import Experience
 from tests.models.tiny import layout, tiny_model
 from tests.truths import (
@@ -132,7 +132,7 @@ def test_packed_is_unpacked(params: Any) -> None:
     packed["valid"] = packed["segments"] > 0
 
     forward = tiny_forward(MODEL, layout(), dtype=jnp.float64)
-    run = jax.jit(lambda rows: forward.outputs(params, rows, 1, with_entropy=True))
+    run = jax.jit(lambda rows: forward.outputs(params, rows, 1, frozenset({"entropy"})))
     one, each = run(packed), run(alone)
     start = 0
     for i, part in enumerate(parts):

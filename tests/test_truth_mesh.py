@@ -9,7 +9,7 @@ import pytest
 from rljax.compiles import CompileCounter
 from rljax.data.batches import DataPosition
 from rljax.sharding import gather
-from rljax.stages import online_step
+from rljax.stage_steps import online_step
 from tests.truths import KEEP_GRADIENT, digit_share, main_stage, relative_error, tiny_session
 
 # Training mesh and decode mesh; 4 query heads on 2 kv heads, which tensor 4 has to repeat.
@@ -33,7 +33,7 @@ class Trace(NamedTuple):
 def run(mesh: str, decode_mesh: str, steps: int, dtype: str) -> Trace:
     session = tiny_session(mesh, decode_mesh=decode_mesh, compute_dtype=dtype, **SETTINGS)
     stage = main_stage(session, digit_share)
-    state, position, trace = stage.start(session.base_params()), DataPosition(), Trace([], [], [], [])
+    state, position, trace = stage.start({"policy": session.base_params()}), DataPosition(), Trace([], [], [], [])
     counter = CompileCounter()
     for step in range(steps):
         before = counter.count
@@ -78,7 +78,7 @@ def first_rollout(mesh: str, decode_mesh: str = "") -> First:
     session = tiny_session(mesh, decode_mesh=decode_mesh, **SETTINGS, **{"batch.minibatches": 1})
     stage = main_stage(session, digit_share)
     stage.optimizer = KEEP_GRADIENT
-    state, _, _, done = online_step(stage, stage.start(session.base_params()), DataPosition(), 0)
+    state, _, _, done = online_step(stage, stage.start({"policy": session.base_params()}), DataPosition(), 0)
     r = done.rollout
     rows = {"tokens": r.tokens, "valid": r.valid, "support": r.support}
     logprobs = stage.program("score", stage.last_head_from)(state.params["policy"], rows)

@@ -32,9 +32,9 @@ ALGORITHMS = [grpo_algorithm(kl_coef=0.1, entropy_coef=0.01, max_new_tokens=C, a
 def chosen_by_row() -> Algorithm:
     """The four aggregations in one program: the batch's "chosen" says which of them counts."""
 
-    def prepare(batch: Batch) -> tuple[Batch, dict]:
-        counts = [algorithm.prepare(batch)[1]["aggregated"] for algorithm in ALGORITHMS]
-        return batch, {f"aggregated/{i}": count for i, count in enumerate(counts)}
+    def prepare(state: Any, batch: Batch, key: Any) -> tuple[Any, Batch, dict]:
+        counts = [algorithm.prepare(state, batch, key)[2]["aggregated"] for algorithm in ALGORITHMS]
+        return state, batch, {f"aggregated/{i}": count for i, count in enumerate(counts)}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
         terms = {}

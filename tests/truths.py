@@ -14,6 +14,7 @@ from rljax.algos import grpo
 from rljax.algos.base import Algorithm, Batch
 from rljax.config import make_config
 from rljax.decoding import Sampling
+from rljax.forward import Forward
 from rljax.models.decoder import Model, Params
 from rljax.models.params import param_shardings
 from rljax.rewards.base import Score
@@ -23,7 +24,7 @@ from rljax.session import Session, open_session
 from rljax.setup import make_source
 from rljax.sharding import DECODE_RULES, Layout, to_global
 from rljax.stages import Stage, build_stage
-from rljax.steps import Forward, UpdatePlan, init_state, make_update
+from rljax.steps import UpdatePlan, init_state, make_update
 from rljax.types import Prompts
 from tests.tiny import tiny_config
 
@@ -124,7 +125,7 @@ def make_gradient(
         state = init_state({"policy": params}, shardings, KEEP_GRADIENT, (), forward.layout)
         if not programs:
             where = jax.tree.map(lambda x: x.sharding, state)
-            programs["update"] = make_update(algorithm, forward, KEEP_GRADIENT, plan, where)
+            programs["update"] = make_update(algorithm, {"policy": forward}, KEEP_GRADIENT, plan, where)
         dtype = jnp.promote_types(forward.dtype, jnp.float32)
         placed = {name: to_global(_wide(x, dtype), forward.layout.rows) for name, x in batch.items()}
         state, metrics = programs["update"](state, placed, jax.random.key(0))

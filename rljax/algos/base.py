@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from rljax.types import Experience, Outputs, Term
 
@@ -15,20 +15,32 @@ Batch = dict[str, Array]
 class Algorithm(NamedTuple):
     """``targets`` and ``loss`` are the core; the trainer does the rest.
 
-    needs: what the trainer computes once per rollout or asks of a head pass: "ref_logprobs", "proximal_logprobs",
-        "entropy".
+    needs: what the trainer computes once per rollout or asks of a pass: "ref_logprobs", "proximal_logprobs",
+        "values", "guide_logprobs", "teacher_topk", "dense_rewards"; "entropy", "collision"; "current_logprobs".
     init: the algorithm's own state, part of the checkpoint; () where it has none.
-    targets: once on the whole global rollout. Offline algorithms have none: their rows are batches as they are.
+    targets: once on the whole global rollout; may return fewer rows. Offline algorithms have none: their rows are
+        batches as they are.
     prepare: once per optimizer step on the whole minibatch, before the cut into micro-batches: any statistic that
-        crosses rows, and the denominators that the terms name.
+        crosses rows, running state, draws from ``key``, the denominators that the terms name. It may drop rows. With
+        "current_logprobs" in needs the batch holds the policy's log-probs before the step.
     loss: a micro-batch's terms; those with coefficient 0 are metrics.
+    trains: the trained trees: "policy", "critic", "reward_model". The last two have a scalar head.
+    rows: what offline rows are: text, pairs, ranked, labelled or steps.
+    unit: consecutive rows that stay together through shuffles and cuts: a pair, a ranking.
+    rows_per_prompt: rows that ``targets`` makes of a prompt; 0 is the whole group.
+    rewarded: whether ``targets`` reads rewards.
     """
 
     needs: frozenset[str]
     init: Callable[[], Any]
     targets: Callable[[Any, Experience], tuple[Any, Batch]] | None
-    prepare: Callable[[Batch], tuple[Batch, dict[str, Float[Array, ""]]]]
+    prepare: Callable[[Any, Batch, PRNGKeyArray], tuple[Any, Batch, dict[str, Float[Array, ""]]]]
     loss: Callable[[Outputs, Batch], dict[str, Term]]
+    trains: tuple[str, ...] = ("policy",)
+    rows: str = "text"
+    unit: int = 1
+    rows_per_prompt: int = 0
+    rewarded: bool = True
 
 
 def no_state() -> tuple[()]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch
 from rljax.losses.advantages import (
@@ -72,11 +73,11 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             batch["ref_logprobs"] = experience.ref_logprobs
         return moments, jax.lax.stop_gradient(batch)
 
-    def prepare(batch: Batch) -> tuple[Batch, dict]:
-        return batch, {"aggregated": aggregation.denominator(batch["loss_mask"])}
+    def prepare(moments: RunningMoments, batch: Batch, key: Array) -> tuple[RunningMoments, Batch, dict]:
+        return moments, batch, {"aggregated": aggregation.denominator(batch["loss_mask"])}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        assert outputs.entropy is not None  # it is in needs
+        assert outputs.logprobs is not None and outputs.entropy is not None  # it is in needs
         mask = batch["loss_mask"]
         logprobs, entropy, old, advantages = zero_masked(
             mask, outputs.logprobs, outputs.entropy, batch["behavior_logprobs"], batch["advantages"]

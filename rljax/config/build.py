@@ -182,7 +182,8 @@ def noun(hint: Any) -> str:
 def no_such_key(where: str, key: str, known: Iterable[str]) -> ConfigError:
     """Names the nearest key of the same group, else the place where a key of that name stands."""
     known = list(known)
-    elsewhere = [name for name in all_keys(Config, "config") if name.endswith(f".{key}")]
+    found = [name for name in all_keys(Config, "config") if name.endswith(f".{key}")]
+    elsewhere = sorted(found, key=lambda name: name.count("."))
     if elsewhere and not difflib.get_close_matches(key, known, n=1):
         return ConfigError(f"{where}.{key}: no such key; did you mean {elsewhere[0]!r}?")
     return ConfigError(f"{where}.{key}: no such key{nearest(key, known)}")

@@ -1,5 +1,6 @@
 """Combinations of settings that cannot work, found before anything is loaded."""
 
+from rljax.algos import Algorithm
 from rljax.config.fields import Config, ConfigError, StageConfig
 from rljax.optim import make_schedule
 
@@ -80,11 +81,17 @@ def _check_stage(stage: StageConfig, where: str) -> None:
         raise ConfigError(f"{where}.algo: {error}") from error
     if algorithm.targets is not None:
         _check_online(stage, where)
+    _check_models(stage, algorithm, where)
     if stage.rows_per_step % b.minibatches:
         raise ConfigError(
             f"{where}.batch.minibatches {b.minibatches} does not divide the {stage.rows_per_step} rows of a step"
         )
     rows = stage.rows_per_step // b.minibatches
+    if rows % algorithm.unit or b.micro_batch_rows % algorithm.unit:
+        raise ConfigError(
+            f"{where}.batch: minibatches of {rows} and micro-batches of {b.micro_batch_rows or rows} rows do not hold "
+            f"whole units of {algorithm.unit} that {where}.algo compares"
+        )
     if b.micro_batch_rows and rows % b.micro_batch_rows:
         raise ConfigError(
             f"{where}.batch.micro_batch_rows {b.micro_batch_rows} does not divide a minibatch of {rows} rows"
@@ -97,12 +104,26 @@ def _check_stage(stage: StageConfig, where: str) -> None:
         raise ConfigError(f"{where}.{error}") from error
 
 
+def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
+    """Frozen models: named where they are read, and only there."""
+    for key, need in (("guide_from", "guide_logprobs"), ("teacher_from", "teacher_topk")):
+        if (need in algorithm.needs) != bool(vars(stage)[key]):
+            what = "is not set, and the algorithm reads it" if need in algorithm.needs else "is not read here"
+            raise ConfigError(f"{where}.{key} {what}; it names an earlier stage or a model folder")
+    if stage.reward_model_from and algorithm.targets is None:
+        raise ConfigError(f"{where}.reward_model_from scores completions, and this stage samples none")
+    if stage.text_mix.coef and not stage.text_mix.train:
+        raise ConfigError(f"{where}.text_mix.train is not set; name the text that text_mix.coef mixes in")
+    if stage.text_mix.coef and "policy" not in algorithm.trains:
+        raise ConfigError(f"{where}.text_mix.coef: this stage trains no policy")
+
+
 def _check_online(stage: StageConfig, where: str) -> None:
     """A stage that trains on what it samples."""
     r = stage.rollout
     if not r.temperature:
         raise ConfigError(f"{where}.rollout.temperature is 0; greedy completions of one prompt are all alike")
-    if not stage.reward.names:
+    if stage.algorithm().rewarded and not (stage.reward.names or stage.reward_model_from):
         raise ConfigError(f"{where}.reward.names is empty; name a reward, such as gsm8k or package.module:function")
     if stage.batch.rows:
         raise ConfigError(f"{where}.batch.rows is for supervised stages; rollouts have prompts_per_step x group_size")

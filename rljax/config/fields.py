@@ -114,10 +114,32 @@ class RewardConfig:
 class BatchConfig:
     """One rollout (or one draw of rows) is epochs x minibatches optimizer steps."""
 
-    rows: Count = 0  # of a draw, in supervised and preference stages; rollouts have prompts_per_step x group_size
+    rows: Count = 0  # of data a draw, in supervised and preference stages (a pair is one); rollouts have their own
     epochs: Positive = 1  # passes over the rows
     minibatches: Positive = 1  # optimizer steps a pass
-    micro_batch_rows: Count = 0  # rows a forward and backward pass, over all devices; 0: the whole minibatch
+    micro_batch_rows: Count = 0  # sequences a forward and backward pass, over all devices; 0: the whole minibatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The model with a scalar head that a stage trains: PPO's critic, or a reward model."""
+
+    init_from: str = "policy"  # body and head: "policy" (its body, a new head) | an earlier stage | a folder
+    seed: Count = 0  # of a new head
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))  # of a critic beside a policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextMixConfig:
+    """Plain text whose cross entropy is added to every optimizer step (PPO-ptx)."""
+
+    coef: Amount = 0.0  # 0: none
+    rows: Positive = 8  # an optimizer step
+    train: str = ""  # source of the rows, as data.train
+    train_rows: Count = 0  # how many to use; 0: all there are
+    columns: dict[str, str] = field(default_factory=dict)  # as data.columns
+    options: dict[str, Any] = field(default_factory=dict)  # as data.options
+    row_length: Positive = 512  # tokens of a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +188,14 @@ class StageConfig:
     reference_from: str = "start"  # start (of this stage) | base | an earlier stage's name
     reference_reset_steps: Count = 0  # copy the policy into the reference every so many steps; 0: never
     reference_ema: Decay = 0.0  # decay of a reference that follows the policy; 0: it stays
+    guide_from: str = ""  # another frozen policy that the algorithm scores with: a stage or a folder
+    teacher_from: str = ""  # a frozen policy to learn from: a stage or a folder
+    teacher_top_k: Positive = 64  # of its likeliest tokens at each position
+    reward_model_from: str = ""  # a frozen reward model, a stage or a folder; its score is the reward "model"
+    reward_model_weight: float = 1.0  # of that score in the reward
+    critic: CriticConfig = CriticConfig()
+    text_mix: TextMixConfig = TextMixConfig()
+    clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -173,8 +203,16 @@ class StageConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-6))
 
     @property
+    def rollout_rows(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
     def rows_per_step(self) -> int:
-        return self.batch.rows or self.rollout.prompts_per_step * self.rollout.group_size
+        """Sequences of an update."""
+        algorithm = self.algorithm()
+        if algorithm.targets is None:
+            return (self.batch.rows or self.rollout_rows) * algorithm.unit
+        return self.rollout.prompts_per_step * (algorithm.rows_per_prompt or self.rollout.group_size)
 
     @property
     def optimizer_steps(self) -> int:
@@ -231,6 +269,8 @@ _RUN_IDENTITY = ("seed", "recipe", "compute_dtype", "model.path", "model.archite
 _STAGE_IDENTITY = (
     *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "rollout"),
     *("reward.names", "reward.weights", "reward.failed_value", "reward.permute"),
+    *("guide_from", "teacher_from", "teacher_top_k", "reward_model_from", "reward_model_weight"),
+    *("critic.init_from", "critic.seed", "text_mix"),
     *("batch.rows", "batch.epochs", "batch.minibatches", "optim.name"),
 )
 

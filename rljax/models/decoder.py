@@ -93,6 +93,7 @@ class Model(NamedTuple):
 
     family: Any
     config: DecoderConfig
+    scores: int = 0  # numbers a token from a scalar head (critics, reward models); 0: a language model
 
     def padded_for(self, *tensor_degrees: int) -> "Model":
         """The same model with tables padded so that every given tensor degree divides them in whole blocks."""
@@ -192,6 +193,13 @@ def logits(model: Model, params: Params, hidden: Float[Array, "... d"]) -> Float
     rows = "abc"[: hidden.ndim - 1]
     scores = contract(f"{rows}y,zy->{rows}z", hidden, table, wide_dtype(hidden.dtype))
     return jnp.where(jnp.arange(table.shape[0]) < model.config.vocab_size, scores, -jnp.inf)
+
+
+def scalar_scores(params: Params, hidden: Float[Array, "b t d"]) -> Float[Array, "b t"] | Float[Array, "b t n"]:
+    """What a critic's or reward model's head says at each token, in float32; [b t] where it says one number."""
+    wide = wide_dtype(hidden.dtype)
+    scores = contract("abu,xu->abx", hidden, params["score"], wide) + params["score_bias"].astype(wide)
+    return scores[..., 0] if scores.shape[-1] == 1 else scores
 
 
 def empty_cache(model: Model, layout: Layout, rows: int, length: int, dtype: Any) -> Cache:

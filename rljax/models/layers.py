@@ -18,7 +18,7 @@ class Param(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: str = "normal"  # normal | ones | zeros
+    init: str = "normal"  # normal | ones | zeros | score (a scalar head)
 
 
 PRODUCT = "product"  # what a remat policy calls the result of ``dot``; a policy cannot look into a custom derivative

@@ -25,6 +25,9 @@ def declare(model: Model) -> dict[str, Any]:
     }
     table = Param((c.padded_vocab, c.width), ("vocab", "embed"))
     tree = {"embed": table, "layers": stacked, "final_norm": Param((c.width,), (None,), "ones")}
+    if model.scores:
+        head = Param((model.scores, c.width), (None, None), "score")
+        return {**tree, "score": head, "score_bias": Param((model.scores,), (None,), "zeros")}
     return tree if c.tied_embeddings else {**tree, "lm_head": table}
 
 
@@ -58,12 +61,28 @@ def _is_param(leaf: Any) -> bool:
 def init_params(model: Model, layout: Layout, seed: int, dtype: Any = jnp.float32) -> Params:
     """Random weights, born sharded. The values depend on the seed and the declaration alone, not on mesh or padding."""
     leaves, tree = jax.tree.flatten(declare(model), is_leaf=_is_param)
-    key, c = jax.random.key(seed), model.config
-    made = [
-        _leaf_program(p, c.vocab_size, dtype, layout.sharding(p.axes, p.shape))(jax.random.fold_in(key, i), c.init_std)
-        for i, p in enumerate(leaves)
-    ]
+    key = jax.random.key(seed)
+    made = [_init_leaf(model, layout, p, jax.random.fold_in(key, i), dtype) for i, p in enumerate(leaves)]
     return jax.tree.unflatten(tree, made)
+
+
+def init_scalar_head(model: Model, layout: Layout, seed: int, dtype: Any = jnp.float32) -> Params:
+    """The leaves that a scalar model has beside a language model's body: normal with deviation 1/sqrt(D + 1), bias 0.
+
+    The deviation is that of the TL;DR reproduction (2403.17031, detail 11).
+    """
+    key = jax.random.key(seed)
+    leaves = {name: p for name, p in declare(model).items() if name.startswith("score")}
+    return {
+        name: _init_leaf(model, layout, p, jax.random.fold_in(key, i), dtype)
+        for i, (name, p) in enumerate(leaves.items())
+    }
+
+
+def _init_leaf(model: Model, layout: Layout, p: Param, key: Array, dtype: Any) -> Array:
+    c = model.config
+    std = (c.width + 1) ** -0.5 if p.init == "score" else c.init_std
+    return _leaf_program(p, c.vocab_size, dtype, layout.sharding(p.axes, p.shape))(key, std)
 
 
 @cache
@@ -71,7 +90,7 @@ def _leaf_program(p: Param, vocab_size: int, dtype: Any, sharding: NamedSharding
     """One for each shape, which leaves and models of that shape share."""
 
     def make(key: Array, std: float) -> Array:
-        if p.init != "normal":
+        if p.init in ("ones", "zeros"):
             return jnp.full(p.shape, {"ones": 1.0, "zeros": 0.0}[p.init], dtype)
         # float32 draws whatever the dtype, so that float64 tests and float32 runs start from the same weights.
         values = std * jax.random.normal(key, p.shape, jnp.float32)

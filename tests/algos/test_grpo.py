@@ -56,7 +56,7 @@ def advantages(algo: Any, exp: Experience, state: Any = None) -> np.ndarray:
 
 def loss_of(algo: Any, logprobs: Any, batch: Batch) -> jax.Array:
     """As the trainer takes it: prepared, divided by its denominators, summed."""
-    batch, denominators = algo.prepare(batch)
+    _, batch, denominators = algo.prepare((), batch, None)
     denominators = {"tokens": count_tokens(batch["loss_mask"]), **denominators}
     outputs = Outputs(logprobs=logprobs, entropy=jnp.full(logprobs.shape, 2.0))
     return total(algo.loss(outputs, batch), denominators)
@@ -120,7 +120,7 @@ def test_masked_truncated_rows_stay_in_the_statistics() -> None:
     assert moments.count == 4
     np.testing.assert_array_equal(np.asarray(batch["loss_mask"]).sum(axis=1), [2, 0, 0, 3])
     np.testing.assert_array_equal(plain.targets(plain.init(), exp)[1]["loss_mask"], exp.rollout.loss_mask)
-    np.testing.assert_array_equal(masking.prepare(batch)[1]["aggregated"], 2)  # rows that count
+    np.testing.assert_array_equal(masking.prepare((), batch, None)[2]["aggregated"], 2)  # rows that count
 
 
 def test_targets_keep_what_the_sampler_stored() -> None:
@@ -242,7 +242,7 @@ def test_targets_and_loss_match_the_oracle() -> None:
         exp = exp._replace(rollout=exp.rollout._replace(behavior_logprobs=old), ref_logprobs=ref)
         entropy = rng.random(mask.shape)
         algo = algorithm(group_size=4, entropy_coef=0.01)
-        batch, denominators = algo.prepare(algo.targets(algo.init(), exp)[1])
+        _, batch, denominators = algo.prepare((), algo.targets(algo.init(), exp)[1], None)
         terms = algo.loss(Outputs(jnp.asarray(logprobs), jnp.asarray(entropy)), batch)
         mine = total(terms, {"tokens": count_tokens(mask), **denominators})
         np.testing.assert_allclose(mine, oracle(logprobs, entropy, exp, 4), rtol=1e-12)

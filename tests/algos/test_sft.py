@@ -14,7 +14,7 @@ MASK = np.array([[False, True, True, True], [False, True, False, False]])
 
 
 def loss(logprobs: jax.Array, mask: np.ndarray) -> jax.Array:
-    batch, denominators = ALGORITHM.prepare({"loss_mask": jnp.asarray(mask)})
+    _, batch, denominators = ALGORITHM.prepare((), {"loss_mask": jnp.asarray(mask)}, None)
     return total(ALGORITHM.loss(Outputs(logprobs), batch), denominators)
 
 
@@ -29,7 +29,7 @@ def test_the_gradient_is_minus_one_over_the_count_where_trained_and_0_elsewhere(
 
 
 def test_halves_over_the_whole_step_s_count_add_up() -> None:
-    denominators = ALGORITHM.prepare({"loss_mask": jnp.asarray(MASK)})[1]
+    denominators = ALGORITHM.prepare((), {"loss_mask": jnp.asarray(MASK)}, None)[2]
     halves = [ALGORITHM.loss(Outputs(LOGPROBS[i : i + 1]), {"loss_mask": MASK[i : i + 1]}) for i in range(2)]
     np.testing.assert_allclose(sum(total(half, denominators) for half in halves), 2.5, rtol=1e-6)
 

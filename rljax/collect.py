@@ -1,0 +1,107 @@
+"""The completions of one step: one round of prompts, or with dynamic sampling as many as it takes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
+from rljax.rollouts import Completions, ModelReward, complete, row_metrics
+from rljax.session import ROLLOUT_KEY
+from rljax.sharding import to_global
+from rljax.stages import Stage
+from rljax.steps import TrainState
+from rljax.types import Rollout
+
+
+def collect(
+    stage: Stage, state: TrainState, position: DataPosition, step: int
+) -> tuple[Completions, DataPosition, dict[str, float]]:
+    """Completions and their metrics of one step, in one round of prompts, or with ``keep_groups`` "mixed" in several.
+
+    Rounds go on until enough groups are neither all right nor all wrong or ``max_rounds`` is reached. Surplus groups
+    count as consumed; missing ones are filled with groups whose rows are masked.
+    """
+    r = stage.config.rollout
+    mixed = r.keep_groups == "mixed"
+    rounds: list[Completions] = []
+    kept: list[tuple[int, int]] = []  # (round, group)
+    for number in range(r.max_rounds if mixed else 1):
+        rows, prompts, position = stage.source.take(position, r.prompts_per_step)
+        prompts = repeat_prompts(prompts, r.group_size)
+        rows = [row for row in rows for _ in range(r.group_size)]
+        if mixed:
+            prompts = _widened(prompts, stage.source.prompt_lengths[-1])
+        key = stage.session.key(ROLLOUT_KEY, stage.number, step, number)
+        assert stage.generate is not None  # an online stage
+        done = complete(
+            stage.session,
+            stage.generate,
+            state.params["policy"],
+            prompts,
+            rows,
+            stage.runner,
+            key,
+            int(state.step),
+            model_reward=_model_reward(stage),
+        )
+        if not mixed:
+            return done, position, row_metrics([done], r.group_size)
+        scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
+        rounds.append(done)
+        kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]
+        if len(kept) >= r.prompts_per_step:
+            break
+    drawn = len(rounds) * r.prompts_per_step
+    metrics = row_metrics(rounds, r.group_size)
+    metrics |= {"train/groups_kept": len(kept) / drawn, "train/rounds": float(len(rounds))}
+    return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
+
+
+def _model_reward(stage: Stage) -> ModelReward | None:
+    """The frozen reward model's score of every row of a rollout, [b]."""
+    if "reward_model" not in stage.frozen:
+        return None
+
+    def scores(rollout: Rollout) -> Any:
+        rows = {"tokens": rollout.tokens, "valid": rollout.valid}
+        return stage.program("reward", 0)(stage.frozen["reward_model"], rows)
+
+    return ModelReward(scores, stage.config.reward_model_weight)
+
+
+def _widened(prompts: PromptBatch, width: int) -> PromptBatch:
+    grow = ((0, 0), (width - prompts.tokens.shape[1], 0))
+    return prompts._replace(tokens=np.pad(prompts.tokens, grow), valid=np.pad(prompts.valid, grow))
+
+
+def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int]]) -> Completions:
+    """One step's rows out of several rounds', put on the devices again; groups that are missing have an empty mask."""
+    size, wanted = stage.config.rollout.group_size, stage.config.rollout.prompts_per_step
+    fill = [(0, g) for g in range(wanted) if (0, g) not in kept][: wanted - len(kept)]
+    picks = [(n, g * size + i) for n, g in [*kept, *fill] for i in range(size)]
+
+    def pick(*arrays: np.ndarray) -> np.ndarray:
+        return np.stack([arrays[n][i] for n, i in picks])
+
+    columns: Any = [pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)]
+    host: Any = Rollout(*columns)
+    host.loss_mask[len(kept) * size :] = False
+    layout = stage.session.train.rows
+    first = rounds[0]
+    where = {pair: k for k, pair in enumerate(picks[: len(kept) * size])}
+    mine = [(n, i, where[n, i]) for n, done in enumerate(rounds) for i in done.samples if (n, i) in where]
+    return Completions(
+        rollout=jax.tree.map(lambda leaf: to_global(leaf, layout), host),
+        host=host,
+        rows=[rounds[n].rows[i] for n, i in picks],
+        rewards=pick(*(done.rewards for done in rounds)),
+        correct=pick(*(done.correct for done in rounds)),
+        parts={name: pick(*(done.parts[name] for done in rounds)) for name in first.parts},
+        dense=None if first.dense is None else pick(*(done.dense for done in rounds if done.dense is not None)),
+        failures=sum(done.failures for done in rounds),
+        samples={k: rounds[n].samples[i] for n, i, k in mine},
+        answers={k: rounds[n].answers[i] for n, i, k in mine},
+        rollout_s=sum(done.rollout_s for done in rounds),
+        reward_s=sum(done.reward_s for done in rounds),
+    )

@@ -33,7 +33,7 @@ from rljax.setup import make_runner, split_rows
 from rljax.trainer import train
 
 PROMPTS, GROUP = 32, 8  # of a rollout
-STEPS = 2
+STEPS = 40  # rollouts: every method sees 40 x 256 samples
 SFT_STEPS = 900
 
 

@@ -27,6 +27,8 @@ _SCORES = {
     "temperature": "sampling temperature of this evaluation; 0 is greedy",
     "reward": "mean reward",
     "pass_at_{k}": "unbiased estimate of the share of problems that k samples solve (2107.03374)",
+    "maj_at_{k}": "share of problems whose commonest answer among k samples is right; equal votes share the verdict",
+    "rerank_at_{k}": "share of problems whose sample with the reward model's highest score among k is right",
     "majority_at_{k}": "share of problems whose most frequent answer of k samples is right",
     "completion_length": "mean completion, tokens, end token included",
     "truncated": "share of completions that used up the budget without an end token",

@@ -240,7 +240,7 @@ def test_a_filled_up_group_is_not_in_gpg_s_count() -> None:
 
 
 def test_the_overlong_penalty_is_in_the_reward() -> None:
-    """Budget 4, buffer 2: lengths 2, 3, 4 lose 0, 1/2, 1 of the factor. DAPO's filter looks at correctness, not here."""
+    """Budget 4, buffer 2: lengths 2, 3, 4 lose 0, 1/2, 1 of the factor."""
     got = grouped([1.0, 1.0, 1.0], [2, 3, 4], group_size=3, overlong_buffer=2, overlong_factor=1.0)
     np.testing.assert_allclose(got, [0.5, 0, -0.5], atol=1e-6)
 

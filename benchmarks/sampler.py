@@ -9,10 +9,10 @@ import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.workload import COMPLETION, PROMPT, endless_session, forward_flops, grpo_config
+from rljax.forward import make_score
 from rljax.sampler import make_generate
 from rljax.session import Session
 from rljax.sharding import to_global
-from rljax.steps import make_score
 from rljax.types import Prompts
 
 LARGEST_GAP = {"float32": 1e-4, "bfloat16": 0.2}

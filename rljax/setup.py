@@ -8,7 +8,9 @@ from etils import epath
 
 from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
 from rljax.data.batches import PromptSource, SupervisedSource, prompt_of
+from rljax.data.preferences import PreferenceSource, held_out_by_prompt, is_comparison, rows_of_split
 from rljax.data.rows import GENERATED, Row, load_rows
+from rljax.data.steps import StepSource
 from rljax.evaluate import Evaluator
 from rljax.metrics import MetricsWriter
 from rljax.rewards import load_reward
@@ -20,10 +22,11 @@ from rljax.session import Session
 class Inputs(NamedTuple):
     """What a run reads and judges with."""
 
-    sources: list[PromptSource | SupervisedSource]  # by stage
+    sources: list[Any]  # by stage: prompts, text, comparisons or labelled steps
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     runner: RewardRunner | None
     evaluators: dict[str, Evaluator]
+    comparisons: dict[str, Any]  # held-out rows of the main stage's kind, by split
 
 
 def open_inputs(session: Session) -> Inputs:
@@ -41,7 +44,7 @@ def open_inputs(session: Session) -> Inputs:
         if runner is not None:
             runner.close()
         raise
-    return Inputs(sources, texts, runner, evaluators)
+    return Inputs(sources, texts, runner, evaluators, make_comparisons(session))
 
 
 def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSource]) -> None:
@@ -55,11 +58,17 @@ def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSou
 
 def split_rows(data: DataConfig, split: str) -> list[Row]:
     """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
+    if data.splits_by_prompt:
+        count = {"train": data.train_rows, "dev": data.dev_rows, "test": data.test_rows}[split]
+        rows = rows_of_split(_load(data, data.train, "train", 0), split)
+        return rows[:count] if count else rows
     held_out = 0 if data.dev else data.dev_rows
     if split == "train" or (split == "dev" and held_out):
         rows = _load(data, data.train, "train", data.train_rows and data.train_rows + held_out)
         if len(rows) <= held_out:
             raise ConfigError(f"config.data.dev_rows is {held_out} and {data.train} has {len(rows)} rows to train on")
+        if is_comparison(rows[0]):
+            return held_out_by_prompt(rows, held_out)[split == "dev"]
         return rows[: len(rows) - held_out] if split == "train" else rows[-held_out:]
     if split == "dev" and not data.dev:
         return []
@@ -76,12 +85,41 @@ def _load(data: DataConfig, source: str, split: str, count: int) -> list[Row]:
     return load_rows(source, split, columns=data.columns or None, options=options or None, limit=count or None)
 
 
-def make_source(session: Session, stage: StageConfig) -> PromptSource | SupervisedSource:
-    """A stage's training rows, as prompts for an online algorithm, as text for a supervised one."""
+def make_source(session: Session, stage: StageConfig) -> Any:
+    """A stage's training rows, as prompts for an online algorithm, else as text, comparisons or labelled steps."""
     rows = split_rows(stage.data, "train")
     if stage.is_online:
         return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
-    return SupervisedSource(rows, session.tokenizer, stage.data.row_length, stage.data.seed)
+    return _offline_source(session, stage, rows)
+
+
+def _offline_source(session: Session, stage: StageConfig, rows: list[Row], *, shuffle: bool = True) -> Any:
+    data, algorithm, tokenizer = stage.data, stage.algorithm(), session.tokenizer
+    if algorithm.rows == "text":
+        return SupervisedSource(rows, tokenizer, data.row_length, data.seed, shuffle=shuffle)
+    if algorithm.rows == "steps":
+        return StepSource(rows, tokenizer, data.row_length, data.seed, shuffle=shuffle)
+    kind: Any = algorithm.rows
+    return PreferenceSource(
+        rows,
+        tokenizer,
+        data.row_length,
+        data.seed,
+        kind=kind,
+        unit=algorithm.unit,
+        shuffle=shuffle,
+        bad_rows=data.bad_rows,
+    )
+
+
+def make_comparisons(session: Session) -> dict[str, Any]:
+    """Held-out rows of the kind that the main stage trains on; none where it trains on text or on what it samples."""
+    config = session.config
+    if "main" not in config.recipe or config.is_online or config.algorithm().rows == "text":
+        return {}
+    found = {split: split_rows(config.data, split) for split in ("dev", "test")}
+    kept = {split: rows for split, rows in found.items() if rows and is_comparison(rows[0])}
+    return {split: _offline_source(session, config, rows, shuffle=False) for split, rows in kept.items()}
 
 
 def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | None:

@@ -16,6 +16,7 @@ from rljax.forward import Forward, make_reward, make_score, make_teacher, make_v
 from rljax.models.decoder import Model, Params
 from rljax.models.params import param_shardings
 from rljax.optim import make_optimizer, make_schedule, state_shardings
+from rljax.reference import CachedLogprobs
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
 from rljax.session import Session
@@ -41,6 +42,7 @@ class Stage:
     divergence: Callable
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
+    cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
     last_head_from: int = 1
     _programs: dict[Any, Any] = field(default_factory=dict)
 
@@ -97,6 +99,11 @@ class Stage:
         """The compute dtype; that of the master weights for a running mean, whose small moves would round away."""
         moves = name == "reference" and self.config.reference_ema
         return self.session.param_dtype if moves else self.session.dtype
+
+    @property
+    def caches_reference(self) -> bool:
+        """The reference stays and so do the rows: each is scored once, and the reference is let go."""
+        return not self.online and "ref_logprobs" in self.algorithm.needs and not self.moving_reference
 
     @property
     def moving_reference(self) -> bool:

@@ -10,6 +10,7 @@ from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
 from rljax.evaluate import sample_records
 from rljax.models.decoder import Params
+from rljax.offline import center_rewards, load_reference_caches, open_comparisons
 from rljax.run import Run, total_steps
 from rljax.stage_steps import StepResult, offline_step, online_step
 from rljax.stages import Stage, build_stage, frozen_sources
@@ -42,10 +43,11 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
     else:
         progress.stage, progress.stage_step, progress.data = number, 0, DataPosition()
         trees = _starting_trees(run, stage, origin)
+        _freeze_models(run, stage, origin, trees.get("policy"))
+        open_comparisons(run, stage, origin, trees.get("policy"))
         if progress.step == 0:
             run.evaluate("test", trees)
             run.evaluate("dev", trees)
-        _freeze_models(run, stage, origin, trees.get("policy"))
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
@@ -57,6 +59,8 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         leave = run.preemption.reached(progress.step)
         every = run.config.eval.every_steps
         evaluated = last or (every > 0 and progress.step % every == 0)
+        if last:
+            state = center_rewards(run, stage, state)
         if evaluated:
             run.evaluate("dev", state.params, ranker)
         if last:
@@ -167,6 +171,8 @@ def _starting_trees(run: Run, stage: Stage, origin: str) -> dict[str, Params]:
 def _freeze_models(run: Run, stage: Stage, origin: str, policy: Params | None) -> None:
     for name, named in frozen_sources(stage.config, stage.algorithm).items():
         source = origin if named == "start" else named
+        if name == "reference" and load_reference_caches(run, stage):
+            continue
         if name == "reward_model":
             stage.freeze(name, run.load_scalar(source, stage.forwards[name].model))
         elif policy is not None and source == origin:
@@ -181,6 +187,7 @@ def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     run.checkpoints.delete_after(run.progress.step)
     _freeze_models(run, stage, origin, None)
     state = stage.restored(saved)
+    open_comparisons(run, stage, origin, None)
     run.writer.event(
         run.progress.step, f"going on from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
     )

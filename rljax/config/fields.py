@@ -77,11 +77,13 @@ class DataConfig:
     test_rows: Count = 0  # how many to use; 0: all there are
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name to the source's: prompt, answer, solution, messages
+    )  # our name to the source's: prompt, answer, solution, messages, chosen, rejected, completions, scores, label
     options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
     prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
     row_length: Positive = 512  # tokens of a supervised row: prompt and completion together
     seed: Count = 0  # of the order
+    splits_by_prompt: bool = False  # dev and test are tenths of the training source, by a hash of each row's prompt
+    bad_rows: Literal["error", "drop"] = "error"  # preference rows that prefer nothing: a sentence, or left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,8 @@ class CriticConfig:
 
     init_from: str = "policy"  # body and head: "policy" (its body, a new head) | an earlier stage | a folder
     seed: Count = 0  # of a new head
+    center_on: str = ""  # a reward model's mean score is 0 on: chosen (of its rows) | a source of text; default: as is
+    center_rows: Count = 0  # how many of those rows; 0: all there are
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))  # of a critic beside a policy
 
 

@@ -103,9 +103,25 @@ def publish_folder(folder: Path, path: str | os.PathLike) -> None:
 def _write_configs(folder: Path, model: Model, generation_config: dict[str, Any], dtype: str) -> None:
     # Other readers than transformers look for the special tokens in config.json.
     special = {key: value for key, value in generation_config.items() if key.endswith("_token_id")}
-    _write_json(folder / "config.json", {**model.family.to_hf(model.config), **special, "torch_dtype": dtype})
-    if generation_config:
+    config = {**model.family.to_hf(model.config), **special, "torch_dtype": dtype}
+    if model.scores:
+        config |= _classifier(config, model.scores)
+    _write_json(folder / "config.json", config)
+    if generation_config and not model.scores:
         _write_json(folder / "generation_config.json", generation_config)
+
+
+def _classifier(config: dict[str, Any], scores: int) -> dict[str, Any]:
+    """What config.json says of a scalar model: transformers scores a row at its last token that is not padding."""
+    names = {str(i): f"LABEL_{i}" for i in range(scores)}
+    architecture = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    ends = config.get("eos_token_id")
+    return {
+        "architectures": [architecture],
+        "id2label": names,
+        "label2id": {name: int(i) for i, name in names.items()},
+        **({"eos_token_id": ends[0]} if isinstance(ends, list) else {}),
+    }
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -115,7 +131,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str, max_shard_bytes: float) -> None:
     """Every process runs through the same tensors; ``folder`` is None on those that do not write."""
     item_bytes = jnp.dtype(dtype).itemsize
-    shards = _shards(_tensors(model), item_bytes, max_shard_bytes)
+    shards = _shards(_tensors(model, params), item_bytes, max_shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
@@ -134,8 +150,9 @@ def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str
         )
 
 
-def _tensors(model: Model) -> list[Tensor]:
-    return [Tensor(name, leaf, layer) for leaf in leaves(model) for layer, name in enumerate(leaf.names)]
+def _tensors(model: Model, params: Params) -> list[Tensor]:
+    kept = [leaf for leaf in leaves(model) if leaf.path != ("score_bias",) or np.any(np.asarray(params["score_bias"]))]
+    return [Tensor(name, leaf, layer) for leaf in kept for layer, name in enumerate(leaf.names)]
 
 
 def _size(tensor: Tensor, item_bytes: int) -> int:

@@ -42,7 +42,7 @@ def usage_metrics(session: Session, metrics: dict[str, float]) -> dict[str, floa
     chips = session.train.mesh.size
     result = {"speed/tokens_per_s_per_chip": metrics["speed/tokens_per_s"] / chips}
     peak = peak_tflops(session)
-    if peak:
+    if peak and "time/update_s" in metrics:
         # forward and backward: three forward passes' worth
         tokens_per_s = metrics["speed/tokens_per_s"] * metrics["time/step_s"] / metrics["time/update_s"]
         result["speed/mfu"] = 3 * flops_per_token(session.model) * tokens_per_s / (chips * peak * 1e12)

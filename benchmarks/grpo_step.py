@@ -15,7 +15,7 @@ from benchmarks.workload import (
     online_stage,
 )
 from rljax.data.batches import DataPosition
-from rljax.stages import online_step
+from rljax.stage_steps import online_step
 
 PHASES = ("rollout", "reward", "score", "update")
 # |log ratio| of any token before the first update: the sampler's log-probs against the trainer's.
@@ -31,7 +31,7 @@ def main() -> None:
     rows, length = a.prompts * a.group, a.prompt + a.completion
     report = Report("grpo_step", a.size, a.dtype, batch=rows, prompt=a.prompt, completion=a.completion, kl=a.kl)
     stage = online_stage(session)
-    state, position = stage.start(session.base_params()), DataPosition()
+    state, position = stage.start({"policy": session.base_params()}), DataPosition()
     samples: list[Sample] = []
     phases: dict[str, list[Sample]] = {name: [] for name in PHASES}
     first, gaps = 0.0, []

@@ -14,19 +14,22 @@ from rljax.algos.pairs import on_rows
 from rljax.data.batches import DataPosition
 from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
 from rljax.models.decoder import Params
-from rljax.reference import CachedLogprobs
 from rljax.rewards.estimates import best_of_n, bootstrap_interval
 from rljax.rollouts import Completions
 from rljax.sharding import gather, to_global
 
 BINS = 10  # of the confidence, for the calibration error
+TIE = 1e-5  # rewards this near are alike: sums of float32 log-probs round so
 SAME_LENGTH = 0.1  # answers whose lengths differ by at most this share of the longer are matched in length
 RESAMPLES = 1000
 PerAnswer = Float[np.ndarray, "n k"]
 
 
 class PreferenceEvaluator:
-    """One split's comparisons and the program that gives every answer its reward; always in the same order."""
+    """One split's comparisons and the program that gives every answer its reward; always in the same order.
+
+    ``reference`` gives the reference's log-probs of a batch, where the algorithm reads them.
+    """
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class PreferenceEvaluator:
         source: Any,
         rows: int,
         pieces: int,
-        reference: CachedLogprobs | None,
+        reference: Callable[[Any], Array] | None,
     ):
         self.algorithm, self.source, self.rows, self.reference = algorithm, source, rows, reference
         self.layout, self.tree = forward.layout, algorithm.trains[0]
@@ -49,10 +52,10 @@ class PreferenceEvaluator:
         for start in range(0, len(self.source), units):
             _, batch, position = self.source.take(position, units)
             host = batch._asdict()
-            row_id = host.pop("row_id")
-            if self.reference is not None:
-                host["ref_logprobs"] = self.reference.of(row_id, batch.loss_mask)
+            host.pop("row_id")
             placed = {name: to_global(array, self.layout.rows) for name, array in host.items()}
+            if self.reference is not None:
+                placed["ref_logprobs"] = self.reference(batch)
             kept = min(units, len(self.source) - start)
             rewards = gather(self._rewards(trees[self.tree], placed))
             host |= {"lengths": batch.loss_mask.sum(axis=1), "rewards": rewards}
@@ -67,7 +70,7 @@ class PreferenceEvaluator:
         if self.algorithm.rows == "steps":
             return label_metrics(rewards[:, 0], arrays["labels"][:, 0], arrays["label_mask"][:, 0])
         if self.algorithm.rows == "labelled":
-            return separation_metrics(rewards[:, 0], arrays["scores"][:, 0] > 0)
+            return separation_metrics(np.round(rewards[:, 0] / TIE) * TIE, arrays["scores"][:, 0] > 0)
         better = better_answers(arrays["scores"], arrays["answer_valid"], by_place=self.algorithm.rows == "pairs")
         return comparison_metrics(rewards, arrays["lengths"].astype(np.float64), better)
 
@@ -129,18 +132,18 @@ def comparison_metrics(rewards: PerAnswer, lengths: PerAnswer, better: Bool[np.n
     units = better.any(axis=(1, 2))
     rewards, lengths, better = rewards[units], lengths[units], better[units]
     gaps, longer = (x[:, :, None] - x[:, None, :] for x in (rewards, lengths))
-    right = (np.sign(gaps) + 1) / 2
+    right = (np.sign(np.where(np.abs(gaps) <= TIE, 0, gaps)) + 1) / 2
     longest = np.maximum(lengths[:, :, None], lengths[:, None, :])
     matched = better & (np.abs(longer) <= SAME_LENGTH * longest)
     accuracies, margins = (_unit_means(x, better) for x in (right, gaps))
     metrics = {
-        "n": float(len(rewards)),
-        "comparisons": float(better.sum()),
+        "n": len(rewards),
+        "comparisons": int(better.sum()),
         **_with_interval("accuracy", accuracies),
         **_with_interval("margin", margins),
         "ece": calibration_error(np.abs(gaps[better]), right[better]),
         "length_accuracy": float(((np.sign(longer[better]) + 1) / 2).mean()),
-        "matched_comparisons": float(matched.sum()),
+        "matched_comparisons": int(matched.sum()),
     }
     if matched.any():
         metrics |= _with_interval("matched_accuracy", _unit_means(right, matched)[matched.any(axis=(1, 2))])
@@ -157,8 +160,8 @@ def label_metrics(
     right = ((logits > 0) == (labels > 0.5)).astype(np.float64)
     shares = (right * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
     metrics = {
-        "n": float(len(logits)),
-        "comparisons": float(mask.sum()),
+        "n": len(logits),
+        "comparisons": int(mask.sum()),
         **_with_interval("accuracy", shares[mask.any(axis=1)]),
         "ece": calibration_error(np.abs(logits[mask]), right[mask]),
     }
@@ -179,7 +182,7 @@ def separation_metrics(rewards: Float[np.ndarray, " n"], desirable: Bool[np.ndar
     interval = dict(zip(_INTERVAL, (score, float(low), float(high)), strict=True))
     gap = float(rewards[desirable].mean() - rewards[~desirable].mean()) if both else float("nan")
     return {
-        "n": float(len(rewards)),
+        "n": len(rewards),
         **interval,
         "margin": gap,
         **{name.replace("accuracy", "score"): value for name, value in interval.items()},

@@ -1,5 +1,6 @@
 """Around a stage on comparisons: the reference scored once, held-out comparisons, best of n, rewards centred."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,8 +40,10 @@ def open_comparisons(run: Run, stage: Stage, origin: str, policy: Params | None)
         return
     forward = stage.forwards[stage.algorithm.trains[0]]
     for split, source in run.comparisons.items():
-        cached = stage.cached_logprobs.get(split)
-        run.preference_evaluators[split] = PreferenceEvaluator(stage.algorithm, forward, source, *_sizes(stage), cached)
+        reference = partial(stage.reference_logprobs, split=split) if stage.algorithm.needs & {"ref_logprobs"} else None
+        run.preference_evaluators[split] = PreferenceEvaluator(
+            stage.algorithm, forward, source, *_sizes(stage), reference
+        )
     if "reward_model" in stage.algorithm.trains and run.config.eval.samples > 1:
         _draw_completions(run, stage, origin, policy)
 

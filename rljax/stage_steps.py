@@ -29,12 +29,9 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
     layout = stage.session.train.rows
     _, rows, position = stage.source.take(position, stage.rows_per_step // stage.algorithm.unit)
     host = {name: array for name, array in rows._asdict().items() if name != "row_id"}
-    if stage.caches_reference:
-        host["ref_logprobs"] = stage.cached_logprobs["train"].of(rows.row_id, rows.loss_mask)
     batch = {name: to_global(array, layout) for name, array in host.items()}
-    if stage.reference is not None:
-        scored = {name: batch[name] for name in ("tokens", "valid")}
-        batch["ref_logprobs"] = stage.program("score_reference", 1)(stage.reference, scored)
+    if "ref_logprobs" in stage.algorithm.needs:
+        batch["ref_logprobs"] = stage.reference_logprobs(rows)
     tokens = int(rows.valid.sum())
     state, metrics = _update(stage, state, batch, 1, step)
     seconds = time.perf_counter() - start

@@ -20,6 +20,7 @@ from rljax.reference import CachedLogprobs
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
 from rljax.session import Session
+from rljax.sharding import to_global
 from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
 
 # Frozen policies: what an algorithm needs of each.
@@ -108,6 +109,14 @@ class Stage:
     def sampling_policy(self, state: TrainState) -> Params:
         """The policy that is trained, or the frozen one of a stage that only samples."""
         return state.params["policy"] if self.algorithm.trains else self.frozen["policy"]
+
+    def reference_logprobs(self, rows: Any, split: str = "train") -> Any:
+        """The reference's log-probs of rows of comparisons: those kept, or those of the reference as it is now."""
+        layout = self.session.train.rows
+        if self.caches_reference:
+            return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
+        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        return self.program("score_reference", 1)(self.reference, batch)
 
     @property
     def moving_reference(self) -> bool:

@@ -103,8 +103,12 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
 def _count(run: Run, stage: Stage, result: StepResult) -> None:
     progress, metrics = run.progress, result.metrics
     rollout, rounds = stage.config.rollout, int(metrics.get("train/rounds", 1))
-    progress.prompts += rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step
-    progress.episodes += rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step
+    progress.prompts += (
+        rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step // stage.algorithm.unit
+    )
+    progress.episodes += (
+        rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step // stage.algorithm.unit
+    )
     progress.tokens += int(metrics.pop("tokens"))
     progress.bad_steps = progress.bad_steps + 1 if metrics["train/skipped"] else 0
     metrics |= {

@@ -1,6 +1,6 @@
 """Compiles rollout, scoring and update of a model for a TPU slice that is not there; prints what the compiler says.
 
-python -m tests.compile_for_tpu v5e:4x4 qwen3-8b
+python -m tests.compile_for_tpu v5e:4x4 qwen3-0.6b qwen3-8b
 """
 
 import json
@@ -8,11 +8,11 @@ import math
 import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import mesh_utils
 from jax.experimental.topologies import get_topology_desc
@@ -34,7 +34,8 @@ MODELS = {
 }
 SHARED = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6}
 SHARED |= {"rope_theta": 1e6, "max_position_embeddings": 40960, "initializer_range": 0.02, "attention_bias": False}
-PROMPT, COMPLETION, PROMPTS, GROUP = 256, 512, 32, 8
+PROGRAMS = ("rollout", "score", "update")
+PROMPT, COMPLETION, PROMPTS, GROUP, CHUNK = 256, 512, 32, 8, 256
 # Training and decode mesh of each pair: decode cuts the devices so that weights, cache and training state fit.
 MESHES = {
     ("v5e:4x4", "qwen3-0.6b"): ("1,16,1", "1,16,1"),
@@ -44,6 +45,14 @@ MESHES = {
 }
 SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]+)\]")
 ITEMS = {"pred": 1, "bf16": 2}
+CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def train_shards(mesh: str) -> int:
+    """A micro-batch has one row a data shard."""
+    replica, fsdp, _ = map(int, mesh.split(","))
+    return replica * fsdp
 
 
 def open_stage(topology: str, name: str) -> Stage:
@@ -57,7 +66,7 @@ def open_stage(topology: str, name: str) -> Stage:
     settings |= {"algo.advantage_std": "group", "algo.aggregation": "token_mean", "compute_dtype": "bfloat16"}
     settings |= {"rollout.prompts_per_step": PROMPTS, "rollout.group_size": GROUP, "steps": 100, "mesh": mesh}
     settings |= {"rollout.max_new_tokens": COMPLETION, "data.prompt_lengths": (PROMPT,), "model.remat": "block"}
-    settings |= {"batch.micro_batch_rows": 32, "model.logits_chunk": 512, "reward.names": ("gsm8k",)}
+    settings |= {"batch.micro_batch_rows": train_shards(mesh), "model.logits_chunk": CHUNK, "reward.names": ("gsm8k",)}
     raw.update_from_flattened_dict(settings)
     raw.tokenizer.path = "characters:ab"
     with raw.unlocked():
@@ -82,7 +91,7 @@ def compile_programs(stage: Stage) -> dict[str, Any]:
     session = stage.session
     rows, whole = session.train.rows, session.train.replicated
     state = stage.abstract_saved()["train"]
-    reference = session.abstract_policy(stage.reference_dtype)
+    reference = session.abstract_policy(stage.frozen_dtype("reference"))
     shape = (PROMPTS * GROUP, PROMPT)
     ids = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     prompts = Prompts(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool), ids, ids)
@@ -92,7 +101,7 @@ def compile_programs(stage: Stage) -> dict[str, Any]:
     inputs = (state.params["policy"], placed(prompts, rows), key, version)
     rollout = placed(jax.eval_shape(stage.generate, *inputs), rows)
     lowered = {"rollout": stage.generate.lower(*inputs)}
-    score = stage.program("score", PROMPT)
+    score = stage.program("score_reference", PROMPT)
     to_score = {"tokens": rollout.tokens, "valid": rollout.valid}
     scored = placed(jax.eval_shape(score, reference, to_score), rows)
     lowered["score"] = score.lower(reference, to_score)
@@ -127,12 +136,66 @@ def largest_buffers(text: str, count: int = 4) -> list[str]:
     return [f"{name} {size / 2**20:.0f} MiB" for name, size in sorted(sizes.items(), key=lambda s: -s[1])[:count]]
 
 
+def computations(text: str) -> dict[str, list[str]]:
+    """The instructions of every computation of a compiled program."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.endswith("{") and " -> " in line:
+            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def crossing_collectives(text: str, tensor: int) -> tuple[int, list[str]]:
+    """How many collectives the loops of a program have, and those whose groups span data shards."""
+    found = computations(text)
+    waiting = [name for lines in found.values() for line in lines for name in re.findall(r"body=%?([\w.-]+)", line)]
+    inside: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in inside:
+            inside.add(name)
+            waiting += [n for line in found[name] for n in CALLED.findall(line) if n in found]
+    collectives = [line for name in inside for line in found[name] if COLLECTIVE.search(line)]
+    return len(collectives), [line.strip()[:300] for line in collectives if spans_shards(line, tensor)]
+
+
+def spans_shards(line: str, tensor: int) -> bool:
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]+\})\}", line):
+        groups = [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        dims = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose([int(n) for n in iota[4].split(",")]) if iota[4] else ids
+        groups = ids.reshape(int(iota[1]), int(iota[2])).tolist()
+    else:
+        listed = re.search(r"replica_groups=\{(.*?)\}\}?,", line)
+        groups = [[int(i) for i in g.split(",")] for g in re.findall(r"[\d,]+", listed[1])] if listed else []
+        if not any(groups):
+            return True  # all devices
+    return any(len({i // tensor for i in group}) > 1 for group in groups)
+
+
+def logits_buffers(text: str, stage: Stage) -> list[str]:
+    """Shapes with a vocabulary axis, tables aside, and as many tokens as one row's completion has."""
+    c, layout = stage.session.model.config, stage.session.train
+    vocab = {c.padded_vocab, c.padded_vocab // layout.tensor}
+    tables = {c.width, c.width // layout.data_shards}
+    shapes = {tuple(map(int, dims.split(","))) for _, dims in SHAPE.findall(text)}
+    others = {shape: math.prod(shape) // max(vocab & set(shape)) for shape in shapes if vocab & set(shape)}
+    assert CHUNK in others.values()  # the chunks' logits are in there
+    return [str(shape) for shape, size in others.items() if size >= COMPLETION and size not in tables]
+
+
 def main(topology: str, name: str) -> None:
     stage = open_stage(topology, name)
     session = stage.session
     state = stage.abstract_saved()["train"]
     held = {"state": local_bytes(state), "policy": local_bytes(state.params)}
-    held["reference"] = local_bytes(session.abstract_policy(stage.reference_dtype))
+    held["reference"] = local_bytes(session.abstract_policy(stage.frozen_dtype("reference")))
     # What a program's own arguments do not hold already.
     beside = {
         "rollout": held["state"] - held["policy"] + held["reference"],
@@ -143,12 +206,17 @@ def main(topology: str, name: str) -> None:
         memory, text = compiled.memory_analysis(), compiled.as_text()
         own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         own += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        Path(f"/tmp/{topology}-{name}-{program}.txt").write_text(text)
         record = {"topology": topology, "model": name, "program": program, "chips": session.train.mesh.size}
         record |= {"gib": (own + beside[program]) / 2**30, "temporaries_gib": memory.temp_size_in_bytes / 2**30}
         record |= {"compile_seconds": seconds, "largest": largest_buffers(text)}
+        if program == "rollout":
+            count, crossing = crossing_collectives(text, session.decode.tensor)
+            record |= {"loop_collectives": count, "crossing": crossing}
+        else:
+            record["logits"] = logits_buffers(text, stage)
         print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for model in sys.argv[2:]:
+        main(sys.argv[1], model)

@@ -45,9 +45,8 @@ def measure_drift(session: Session, folders: Sequence[str], source: PromptSource
     """The config's own start and the policies in ``folders`` complete the same prompts, SAMPLES times each.
 
     ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
-    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``:
-    BOUNDS.
-    Sampled as in training.
+    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``: which
+    BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
     generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)

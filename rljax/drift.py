@@ -14,7 +14,6 @@ import numpy as np
 
 from rljax.config import parse
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
-from rljax.forward import make_score
 from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
 from rljax.models.hf_import import find_params, load_params
@@ -26,6 +25,7 @@ from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session, open_session, start_devices
 from rljax.setup import make_runner, split_rows
 from rljax.sharding import gather
+from rljax.steps import make_score
 
 Report = dict[str, Any]
 
@@ -46,7 +46,7 @@ def measure_drift(session: Session, folders: Sequence[str], source: PromptSource
 
     ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
     under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``: which
-    of BOUNDS do. Sampled as in training.
+    BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
     generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)

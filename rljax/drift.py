@@ -14,6 +14,7 @@ import numpy as np
 
 from rljax.config import parse
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
+from rljax.forward import make_score
 from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
 from rljax.models.hf_import import find_params, load_params
@@ -25,7 +26,6 @@ from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session, open_session, start_devices
 from rljax.setup import make_runner, split_rows
 from rljax.sharding import gather
-from rljax.steps import make_score
 
 Report = dict[str, Any]
 

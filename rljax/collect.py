@@ -37,13 +37,13 @@ def collect(
         done = complete(
             stage.session,
             stage.generate,
-            state.params["policy"],
+            stage.sampling_policy(state),
             prompts,
             rows,
             stage.runner,
             key,
             int(state.step),
-            model_reward=_model_reward(stage),
+            model_reward=model_reward(stage),
         )
         if not mixed:
             return done, position, row_metrics([done], r.group_size)
@@ -58,8 +58,8 @@ def collect(
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
 
 
-def _model_reward(stage: Stage) -> ModelReward | None:
-    """The frozen reward model's score of every row of a rollout, [b]."""
+def model_reward(stage: Stage) -> ModelReward | None:
+    """The stage's frozen reward model; None where it has none."""
     if "reward_model" not in stage.frozen:
         return None
 

@@ -20,6 +20,7 @@ from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
 from rljax.models.hf_import import find_params, load_params
 from rljax.rewards.runner import RewardRunner
+from rljax.rollouts import ModelReward
 from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
@@ -40,10 +41,12 @@ class Progress:
     episodes: int = 0
     tokens: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # the latest of each split
+    selected: dict[str, str] = field(default_factory=dict)  # hash of the rows that a stage on samples began with
 
     def to_json(self) -> dict[str, Any]:
         # Copies: a checkpoint is written in the background.
-        return {**vars(self), "data": list(self.data), "scores": dict(self.scores)}
+        copies = {"data": list(self.data), "scores": dict(self.scores), "selected": dict(self.selected)}
+        return {**vars(self), **copies}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
@@ -60,7 +63,7 @@ class Run:
     checkpoints: Checkpointer
     preemption: Preemption
     compiles: CompileCounter
-    sources: list[Any]  # by stage
+    sources: list[Any]  # by stage; None until an earlier stage has sampled its rows
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     evaluators: dict[str, Evaluator]
     comparisons: dict[str, Any]  # held-out rows of the main stage, by split
@@ -119,7 +122,7 @@ class Run:
 
     # -- evaluation
 
-    def evaluate(self, split: str, trees: dict[str, Params]) -> None:
+    def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
         metrics: dict[str, float] = {}
         shown: list[dict[str, Any]] = []
         if split in self.preference_evaluators and self.preference_evaluators[split].tree in trees:
@@ -127,7 +130,7 @@ class Run:
         if split in self.best_of_n and "reward_model" in trees:
             metrics |= self.best_of_n[split].run(trees["reward_model"])
         if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
-            found, batches = self.evaluators[split].run(trees["policy"], self.progress.step)
+            found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found
             shown = show(batches, self.config.eval.shown_prompts)
         if not metrics:
@@ -227,7 +230,7 @@ def _bytes(tree: Any) -> int:
 
 def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any]) -> None:
     """Count, before the run, what training and evaluation share, what stands twice and what did not fit."""
-    train = sources[-1]
+    train = next(source for source in reversed(sources) if source is not None)
     found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
     for split, overlap in found.items():
         if overlap.shared_ngrams:

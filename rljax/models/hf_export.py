@@ -50,14 +50,14 @@ def save_hf(
     if dtype not in STORED_DTYPES:
         raise ValueError(f"cannot store weights as {dtype!r}; {', '.join(STORED_DTYPES)} can be")
     writes = jax.process_index() == 0
-    folder = _begin(path) if writes else None
+    folder = begin_folder(path) if writes else None
     try:
         _write_weights(folder, model, params, dtype, max_shard_bytes)
         if folder is not None:
             _write_configs(folder, model, generation_config or {}, dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _publish(folder, path)
+            publish_folder(folder, path)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def save_hf(
         multihost_utils.sync_global_devices("save_hf")
 
 
-def _begin(path: str | os.PathLike) -> Path:
+def begin_folder(path: str | os.PathLike) -> Path:
     """An empty folder beside the final one, on the same file system; of a bucket in the temporary folder."""
     text = os.fspath(path)
     if "://" in text:
@@ -79,7 +79,7 @@ def _begin(path: str | os.PathLike) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
 
 
-def _publish(folder: Path, path: str | os.PathLike) -> None:
+def publish_folder(folder: Path, path: str | os.PathLike) -> None:
     if "://" in os.fspath(path):
         # A bucket has no rename: config.json, without which nothing loads, goes first and comes back last.
         target = epath.Path(path)

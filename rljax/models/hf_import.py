@@ -73,7 +73,7 @@ def find_params(path: str | os.PathLike, model: Model) -> tuple[list[Leaf], dict
 
     Raises ModelFolderError as ``load_params`` does: for a check before anything else is done.
     """
-    stored = _list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
+    stored = list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
     tied = _tied_names(model)
     plan = [_choose_name(leaf, stored, tied) for leaf in leaves(model)]
     _check(path, plan, stored, tied)
@@ -127,7 +127,7 @@ def _read(leaf: Leaf, tensor: Stored, sharding: NamedSharding) -> Array:
     return array
 
 
-def _list_tensors(folder: Path) -> dict[str, Stored]:
+def list_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder, from the headers alone."""
     found = {}
     for file in _weight_files(folder):

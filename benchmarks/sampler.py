@@ -1,0 +1,65 @@
+"""The sampler alone, completions of full length: tokens a second by batch.
+
+python -m benchmarks.sampler --size s --dtype bfloat16 --batches 1,8,64
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import Report, arguments, check, interleaved
+from benchmarks.workload import COMPLETION, PROMPT, endless_session, forward_flops, grpo_config
+from rljax.forward import make_score
+from rljax.sampler import make_generate
+from rljax.session import Session
+from rljax.sharding import to_global
+from rljax.types import Prompts
+
+LARGEST_GAP = {"float32": 1e-4, "bfloat16": 0.2}
+
+
+def random_prompts(session: Session, rows: int, length: int, group: int = 1) -> Prompts:
+    """``rows`` requests in groups of ``group`` with one prompt each."""
+    rng = np.random.default_rng(rows)
+    tokens = rng.integers(3, session.model.config.vocab_size, (rows // group, length), dtype=np.int32)
+    prompt_id = np.repeat(np.arange(rows // group, dtype=np.int32), group)
+    sample_id = np.tile(np.arange(group, dtype=np.int32), rows // group)
+    whole = Prompts(tokens[prompt_id], np.ones((rows, length), bool), prompt_id, sample_id)
+    return Prompts(*(to_global(x, session.train.rows) for x in whole))
+
+
+def main() -> None:
+    a = arguments(__doc__, batches="1,8,64", group=1, prompt=PROMPT, completion=COMPLETION)
+    overrides = {"rollout.max_new_tokens": a.completion, "data.prompt_lengths": (a.prompt,)}
+    session = endless_session(grpo_config(a.size, a.dtype, **overrides))
+    sampling = session.sampling(session.config)
+    params = session.base_params()
+    score = make_score(session.forward(sampling), a.prompt, pieces=1)
+    for rows in map(int, a.batches.split(",")):
+        report = Report("sampler", a.size, a.dtype, batch=rows, prompt=a.prompt, completion=a.completion)
+        generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
+        prompts = random_prompts(session, rows, a.prompt, min(a.group, rows))
+
+        def run() -> object:
+            return generate(params, prompts, jax.random.key(0), jnp.int32(0))  # noqa: B023
+
+        samples = interleaved({"run": run}, a.repeats)["run"]
+        rollout = run()
+        scored = score(params, {"tokens": rollout.tokens, "valid": rollout.valid})
+        gap = jnp.max(jnp.abs(jnp.where(rollout.loss_mask, scored - rollout.behavior_logprobs, 0)))
+        report.line(
+            samples,
+            flops=forward_flops(session.model.config, rows, a.prompt + a.completion, a.completion),
+            tokens=rows * a.completion,
+            weight_reads_gib_per_second=_weight_bytes(session) * a.completion / 2**30 / min(s.seconds for s in samples),
+            largest_gap=check("log-probs of sampler and trainer", float(gap), LARGEST_GAP[a.dtype]),
+        )
+
+
+def _weight_bytes(session: Session) -> int:
+    """What every decode step has to read."""
+    return sum(leaf.size for leaf in jax.tree.leaves(session.abstract_policy())) * jnp.dtype(session.dtype).itemsize
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Programs for TPU slices, compiled without one: what they hold, and what their loops say to each other."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.compile_for_tpu import MODELS, PROGRAMS, crossing_collectives, spans_shards
+from tests.tiny import ROOT
+
+# What the compiler may use of a chip, GiB.
+CHIPS = {"v5e:4x4": 15.75, "v5p:2x4x4": 95.0}
+# A fifth of the time; bytes are within 3 % of those at full effort, or above them.
+LITTLE_EFFORT = {"JAX_OPTIMIZATION_LEVEL": "O0"}
+
+
+def start(topology: str, **env: str) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.compile_for_tpu", topology, *MODELS]
+    # Two at once: what is compiled for needs no chip, and so no lock on it.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **quiet, **env}, text=True, **pipes)  # type: ignore
+
+
+def records(process: subprocess.Popen) -> dict[tuple[str, str], dict[str, Any]]:
+    out, errors = process.communicate(timeout=1500)
+    assert process.returncode == 0, errors[-3000:]
+    found = [json.loads(line) for line in out.splitlines()]
+    for record in found:
+        print(record)
+    return {(record["model"], record["program"]): record for record in found}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
+    pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu, which is in the extra dev")
+    with start("v5e:4x4", **LITTLE_EFFORT) as one, start("v5p:2x4x4", **LITTLE_EFFORT) as other:
+        return {"v5e:4x4": records(one), "v5p:2x4x4": records(other)}
+
+
+def check(topology: str, found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert set(found) == {(model, program) for model in MODELS for program in PROGRAMS}
+    for key, record in found.items():
+        assert record["gib"] <= CHIPS[topology], (key, record)
+        assert not record.get("logits"), (key, record)
+        assert not record.get("crossing"), (key, record)
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_a_step_fits_its_chips_and_its_loops_stay_in_their_shard(compiled: Any, topology: str) -> None:
+    """State, reference, temporaries and program; no logits of a row; no collective across data shards in a loop."""
+    check(topology, compiled[topology])
+
+
+def test_tensor_parallel_loops_have_collectives(compiled: Any) -> None:
+    """Four chips share a model there, so the test above had something to look at."""
+    assert compiled["v5e:4x4"]["qwen3-8b", "rollout"]["loop_collectives"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", CHIPS)
+def test_at_full_effort(topology: str) -> None:
+    pytest.importorskip("libtpu", reason="TPU programs are compiled by libtpu, which is in the extra dev")
+    with start(topology) as process:
+        check(topology, records(process))
+
+
+def test_groups_that_span_shards_are_found() -> None:
+    """16 devices, 4 a shard, in every notation of the compiler."""
+    crosses = {
+        "replica_groups={{0,1,2,3},{4,5,6,7}}, x": False,
+        "replica_groups={{0,4},{1,5}}, x": True,
+        "replica_groups=[4,4]<=[16], x": False,
+        "replica_groups=[4,4]<=[4,4]T(1,0), x": True,
+        "source_target_pairs={{0,1},{1,0}}, x": False,
+        "source_target_pairs={{0,1},{3,4}}, x": True,
+        "replica_groups={}, x": True,
+    }
+    assert {line: spans_shards(line, 4) for line in crosses} == crosses
+    program = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+%inner (x: f32[4]) -> f32[4] {
+  %far = f32[4] all-reduce(%x), replica_groups={{0,4}}, to_apply=%sum
+  %near = f32[4] all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
+}
+%body (x: f32[4]) -> f32[4] {
+  ROOT %c = f32[4] fusion(%x), kind=kLoop, calls=%inner
+}
+%cond (x: f32[4]) -> pred[] {
+  ROOT %p = pred[] constant(true)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %outside = f32[4] all-reduce(%x), replica_groups={{0,4}}, to_apply=%sum
+  ROOT %w = f32[4] while(%x), condition=%cond, body=%body
+}
+"""
+    count, crossing = crossing_collectives(program, 4)
+    assert count == 2
+    assert [line.split()[0] for line in crossing] == ["%far"]

@@ -131,3 +131,12 @@ def offline_config(algo: str, folder: Path, **overrides: Any) -> ConfigDict:
     }
     config.update_from_flattened_dict({**settings, **overrides})
     return config
+
+
+# What a digit is worth in ``hidden_linear``; a reward model sees pairs only.
+HIDDEN_WEIGHTS = dict(zip("0123456789", (0.9, -1.2, 0.4, 1.5, -0.3, -0.8, 1.1, -1.6, 0.2, 0.7), strict=True))
+
+
+def hidden_linear(prompt: str, completion: str) -> float:
+    """A reward that is linear in the counts of the digits."""
+    return sum(HIDDEN_WEIGHTS.get(c, 0.0) for c in completion)

@@ -2,9 +2,9 @@
 
     python -m rljax.main --config configs/arithmetic_reward_model.py
 
-The text is of mixed quality, as the quickstart's: a third of the policy's samples are right. A pair is the best of a
-prompt's eight samples against a random worse one. Held out are 256 problems with eight samples each: ``sample_accuracy``
-is the share of their (right, wrong) pairs that the model orders right, ``best_of_8`` the share right of what it picks.
+The text is of mixed quality, as the quickstart's. A pair is the best of a prompt's eight samples against a random worse
+one. Held out are 256 problems with eight samples each: ``sample_accuracy`` is the share of their (right, wrong) pairs
+that the model orders right, ``best_of_8`` the share right of what it picks from all eight.
 With ``config.reward.names='["tests.tiny:hidden_linear"]'`` the truth is a hidden linear function of the digits instead.
 
 Hardware: 2 CPU cores, about 2 minutes when quiet. Expected: LOG.md.
@@ -26,16 +26,21 @@ def get_config() -> ConfigDict:
         config.model.architecture.update({"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16})
         config.stages = ConfigDict(
             {
-                "warm_start": base.stages.warm_start,
+                "warm_start": {
+                    **base.stages.warm_start,
+                    "steps": 500,
+                    "data": {"train": "arithmetic", "train_rows": 4096},
+                    "select": {"rule": ""},
+                },
                 "sample": {
                     "algo": {"name": "collect"},
                     "steps": 64,
                     "data": {"train": "arithmetic"},
                     "batch": {"rows": 0},
+                    "select": {"rule": ""},
                 },
             }
         )
-    config.stages.warm_start.steps = 500
     config.data.train = "rollouts:sample"
     config.data.test_rows = 256
     config.select.rule = "pairs"

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.losses.logprobs import chunked_logprobs, reduce_logits_in_chunks
+from rljax.losses.logprobs import chunked_logprobs, log_normalizer, reduce_logits_in_chunks
+from rljax.losses.preference_variants import log_collision
+from rljax.losses.supervised import mean_logprob
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Outputs, PyTree
@@ -33,7 +35,7 @@ class Forward:
         """Log-probs of ``tokens[:, head_from:]`` in one chunked head pass; zeros before that column.
 
         ``needs`` may add "entropy", "full_logprobs" (those of the whole vocabulary where sampling truncates it: a
-        second pass), "topk_logprobs" (of ``batch["teacher_tokens"]``) and "collision".
+        second pass), "topk_logprobs" (of ``batch["teacher_tokens"]``), "collision" and "logit_means".
         """
         hidden = self.hidden(params, batch)[:, head_from - 1 : -1]
         table, targets = head_table(params), batch["tokens"][:, head_from:]
@@ -49,13 +51,24 @@ class Forward:
 
         logprobs, entropy = head_pass(support, "entropy" in needs)
         full = head_pass(None, False)[0] if "full_logprobs" in needs and support is not None else None
-        topk = collision = None
+        topk = collision = mean = normalizer = None
         if "topk_logprobs" in needs:
             chosen = batch["teacher_tokens"][:, head_from:]
             topk = pad(self._over_data(partial(self._reduced, _gather_logprobs))(table, hidden, chosen))
         if "collision" in needs:
             collision = pad(self._over_data(partial(self._reduced, _log_collision))(table, hidden, targets))
-        return Outputs(logprobs, entropy, full_logprobs=full, topk_logprobs=topk, collision=collision)
+        if "logit_means" in needs:
+            means = self._over_data(partial(self._reduced, _logit_means))(table, hidden, targets)
+            mean, normalizer = map(pad, means)
+        return Outputs(
+            logprobs,
+            entropy,
+            full_logprobs=full,
+            topk_logprobs=topk,
+            collision=collision,
+            mean_logprobs=mean,
+            log_normalizers=normalizer,
+        )
 
     def scores(self, params: Params, batch: Batch) -> Float[Array, "b t"] | Float[Array, "b t n"]:
         """What a scalar model says at every token."""
@@ -112,11 +125,11 @@ class Forward:
         return stats.logprobs.reshape(b, t), None if stats.entropy is None else stats.entropy.reshape(b, t)
 
     def _reduced(self, reducer: Callable, table: Array, hidden: Array, rows: Array) -> Any:
-        """``reducer(logprobs, rows)`` of each chunk, [b t ...]."""
+        """``reducer(logits, rows)`` of each chunk, [b t ...]."""
         b, t = hidden.shape[:2]
 
         def reduce(logits: Array, rows: Array) -> Any:
-            return reducer(jax.nn.log_softmax(logits / self.temperature, axis=-1), rows)
+            return reducer(logits / self.temperature, rows)
 
         flat = reduce_logits_in_chunks(
             hidden.reshape(b * t, -1),
@@ -129,22 +142,26 @@ class Forward:
         return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]), flat)
 
 
-def _gather_logprobs(logprobs: Array, tokens: Array) -> Array:
-    return jnp.take_along_axis(logprobs, tokens, axis=-1)
+def _gather_logprobs(logits: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, axis=-1)
 
 
-def _log_collision(logprobs: Array, tokens: Array) -> Array:
-    return jax.nn.logsumexp(2 * logprobs, axis=-1)
+def _log_collision(logits: Array, tokens: Array) -> Array:
+    return log_collision(logits)
 
 
-def _top_k(k: int, logprobs: Array, tokens: Array) -> tuple[Array, Array]:
-    values, chosen = jax.lax.top_k(logprobs, k)
+def _logit_means(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    return mean_logprob(logits), log_normalizer(logits)
+
+
+def _top_k(k: int, logits: Array, tokens: Array) -> tuple[Array, Array]:
+    values, chosen = jax.lax.top_k(jax.nn.log_softmax(logits), k)
     return chosen.astype(jnp.int32), values
 
 
 def head_needs(algorithm: Algorithm) -> frozenset[str]:
     """What an algorithm's loss reads of the policy's head beside the log-probs."""
-    asked = {"entropy", "collision"} & algorithm.needs
+    asked = {"entropy", "collision", "logit_means"} & algorithm.needs
     asked |= {"full_logprobs"} if "ref_logprobs" in algorithm.needs else set()
     return frozenset(asked | ({"topk_logprobs"} if "teacher_topk" in algorithm.needs else set()))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from rljax.losses.logprobs import token_logprobs, truncated_logprobs
 from rljax.sharding import VOCAB_BLOCK
 
 
@@ -85,3 +86,13 @@ def next_tokens(
     support = support_threshold(scaled, sampling) if sampling.truncates else whole
     kept = jnp.where(scaled >= support[:, None], scaled, -jnp.inf)
     return jax.vmap(draw_token)(keys, kept).astype(jnp.int32), support
+
+
+def sample(
+    keys: PRNGKeyArray, logits: Float[Array, "b v"], sampling: Sampling
+) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """Tokens, their log-probs by the trainer's own function, and the support they were drawn from."""
+    tokens, support = next_tokens(keys, logits, sampling)
+    if sampling.truncates:
+        return tokens, truncated_logprobs(logits, tokens, support, sampling.scoring_temperature), support
+    return tokens, token_logprobs(logits, tokens, sampling.scoring_temperature), support

@@ -275,11 +275,10 @@ def _admitted(r: Refill, s: Loop) -> Loop:
 def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
     """The running slots and a few more, ``size`` in all."""
     kept = jnp.argsort(~s.slots.running, stable=True)[:size]
-    narrow = partial(jax.tree.map, lambda x: x[kept])
-    slots = narrow(s.slots._replace(cache=None))._replace(cache=_columns(s.slots.cache, kept))
+    slots = Slots(*(x[kept] for x in s.slots[:-1]), cache=_columns(s.slots.cache, kept))
     if r.plan.group > 1:
         return s._replace(slots=slots)
-    entries = narrow(s.entries._replace(cache=None))._replace(cache=_columns(s.entries.cache, kept))
+    entries = Entries(*(x[kept] for x in s.entries[:-1]), cache=_columns(s.entries.cache, kept))
     return s._replace(slots=slots._replace(entry=jnp.arange(size, dtype=jnp.int32)), entries=entries)
 
 
@@ -358,16 +357,16 @@ def _attend_both(r: Refill, prompts: Cache, cursor: Array, in_prompt: Array, in_
         ring_keys, ring_values, keys, values = (
             jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *prompts)
         )
-        parts = [_part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)]
+        own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
             visible = in_prompt[:, None, None]
-            parts.append(_part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale))
+            prompt = _part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale)
         else:
             keys, values = (x.reshape(x.shape[0], -1, width) for x in (keys, values))  # [K, Q * P, H]
             visible = in_prompt.reshape(slots, 1, -1)
-            part = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
-            parts.append(jax.tree.map(lambda x: x.swapaxes(0, 1), part))
-        return _merged(parts).astype(q.dtype).reshape(slots, 1, heads, width), ring
+            prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
+            prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
+        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), ring
 
     return attend
 
@@ -389,8 +388,9 @@ def _part(to_scores: str, to_values: str, q: Array, k: Array, v: Array, visible:
     return Part(top, jnp.sum(weights, axis=-1), contract(to_values, weights.astype(q.dtype), v, wide))
 
 
-def _merged(parts: list[Part]) -> Float[Array, "*n h"]:
-    top = jnp.maximum(parts[0].top, parts[1].top)
-    shares = [jnp.exp(part.top - top) for part in parts]
-    total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
-    return sum((s / total)[..., None] * part.values for s, part in zip(shares, parts, strict=True))
+def _merged(parts: tuple[Part, Part]) -> Float[Array, "*n h"]:
+    a, b = parts
+    top = jnp.maximum(a.top, b.top)
+    shares = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    total = shares[0] * a.total + shares[1] * b.total
+    return (shares[0] / total)[..., None] * a.values + (shares[1] / total)[..., None] * b.values

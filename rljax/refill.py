@@ -275,15 +275,17 @@ def _admitted(r: Refill, s: Loop) -> Loop:
 def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
     """The running slots and a few more, ``size`` in all."""
     kept = jnp.argsort(~s.slots.running, stable=True)[:size]
-    slots = Slots(*(x[kept] for x in s.slots[:-1]), cache=_columns(s.slots.cache, kept))
+    slots = _taken(s.slots, kept)
     if r.plan.group > 1:
         return s._replace(slots=slots)
-    entries = Entries(*(x[kept] for x in s.entries[:-1]), cache=_columns(s.entries.cache, kept))
+    entries = _taken(s.entries, kept)
     return s._replace(slots=slots._replace(entry=jnp.arange(size, dtype=jnp.int32)), entries=entries)
 
 
-def _columns(cache: Cache, kept: Array) -> Cache:
-    return Cache(*(x[:, kept] for x in cache))
+def _taken(of: Any, kept: Array) -> Any:
+    """Slots or entries by number."""
+    cache = Cache(*(x[:, kept] for x in of.cache))
+    return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
 
 
 def _entry_cache(r: Refill, entries: int, width: int) -> Cache:

@@ -110,6 +110,11 @@ def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
         if (need in algorithm.needs) != bool(vars(stage)[key]):
             what = "is not set, and the algorithm reads it" if need in algorithm.needs else "is not read here"
             raise ConfigError(f"{where}.{key} {what}; it names an earlier stage or a model folder")
+    if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
+        raise ConfigError(
+            f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "
+            f"{algorithm.critic_outputs}; start it from 'policy'"
+        )
     if stage.reward_model_from and algorithm.targets is None:
         raise ConfigError(f"{where}.reward_model_from scores completions, and this stage samples none")
     if stage.text_mix.coef and not stage.text_mix.train:

@@ -37,7 +37,7 @@ def collect(
         done = complete(
             stage.session,
             stage.generate,
-            state.params["policy"],
+            stage.sampling_policy(state),
             prompts,
             rows,
             stage.runner,

@@ -41,10 +41,12 @@ class Progress:
     episodes: int = 0
     tokens: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # the latest of each split
+    selected: dict[str, str] = field(default_factory=dict)  # hash of the rows that a stage on samples began with
 
     def to_json(self) -> dict[str, Any]:
         # Copies: a checkpoint is written in the background.
-        return {**vars(self), "data": list(self.data), "scores": dict(self.scores)}
+        copies = {"data": list(self.data), "scores": dict(self.scores), "selected": dict(self.selected)}
+        return {**vars(self), **copies}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
@@ -61,7 +63,7 @@ class Run:
     checkpoints: Checkpointer
     preemption: Preemption
     compiles: CompileCounter
-    sources: list[Any]  # by stage
+    sources: list[Any]  # by stage; None until an earlier stage has sampled its rows
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     evaluators: dict[str, Evaluator]
     comparisons: dict[str, Any]  # held-out rows of the main stage, by split
@@ -228,7 +230,7 @@ def _bytes(tree: Any) -> int:
 
 def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any]) -> None:
     """Count, before the run, what training and evaluation share, what stands twice and what did not fit."""
-    train = sources[-1]
+    train = next(source for source in reversed(sources) if source is not None)
     found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
     for split, overlap in found.items():
         if overlap.shared_ngrams:

@@ -10,6 +10,7 @@ from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
 from rljax.data.batches import PromptSource, SupervisedSource, prompt_of
 from rljax.data.preferences import PreferenceSource, held_out_by_prompt, is_comparison, rows_of_split
 from rljax.data.rows import GENERATED, Row, load_rows
+from rljax.data.select import labelled
 from rljax.data.steps import StepSource
 from rljax.evaluate import Evaluator
 from rljax.metrics import MetricsWriter
@@ -22,7 +23,7 @@ from rljax.session import Session
 class Inputs(NamedTuple):
     """What a run reads and judges with."""
 
-    sources: list[Any]  # by stage: prompts, text, comparisons or labelled steps
+    sources: list[Any]  # by stage: prompts, text, comparisons or labelled steps; None: sampled by an earlier stage
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     runner: RewardRunner | None
     evaluators: dict[str, Evaluator]
@@ -32,7 +33,8 @@ class Inputs(NamedTuple):
 def open_inputs(session: Session) -> Inputs:
     """Data, rewards and evaluations of a run, tried on a row of each data set. Raises ValueError."""
     config = session.config
-    sources = [make_source(session, config.stage(name)) for name in config.recipe]
+    stages = [config.stage(name) for name in config.recipe]
+    sources = [None if stage.sampled_by else make_source(session, stage) for stage in stages]
     texts = [make_text_mix(session, config.stage(name)) for name in config.recipe]
     runner = make_runner(config)
     try:
@@ -60,7 +62,7 @@ def split_rows(data: DataConfig, split: str) -> list[Row]:
     """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
     if data.splits_by_prompt:
         count = {"train": data.train_rows, "dev": data.dev_rows, "test": data.test_rows}[split]
-        rows = rows_of_split(_load(data, data.train, "train", 0), split)
+        rows = rows_of_split(_load(data, data.train, "train", 0), split, seed=data.seed)
         return rows[:count] if count else rows
     held_out = 0 if data.dev else data.dev_rows
     if split == "train" or (split == "dev" and held_out):
@@ -85,12 +87,19 @@ def _load(data: DataConfig, source: str, split: str, count: int) -> list[Row]:
     return load_rows(source, split, columns=data.columns or None, options=options or None, limit=count or None)
 
 
-def make_source(session: Session, stage: StageConfig) -> Any:
-    """A stage's training rows, as prompts for an online algorithm, else as text, comparisons or labelled steps."""
-    rows = split_rows(stage.data, "train")
-    if stage.is_online:
-        return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
-    return _offline_source(session, stage, rows)
+def make_source(session: Session, stage: StageConfig, rows: list[Row] | None = None) -> Any:
+    """A stage's training rows, as prompts for an online algorithm, else as text, comparisons or labelled steps.
+
+    ``rows`` stand for those of ``data.train``.
+    """
+    rows = split_rows(stage.data, "train") if rows is None else rows
+    return prompt_source(session, stage.data, rows) if stage.is_online else _offline_source(session, stage, rows)
+
+
+def prompt_source(session: Session, data: DataConfig, rows: list[Row], *, shuffle: bool = True) -> PromptSource:
+    """Prompts to complete, behind the prefix that ``data`` gives them."""
+    rows = [labelled(row, data.prompt_prefix) for row in rows] if data.prompt_prefix else rows
+    return PromptSource(rows, session.tokenizer, data.prompt_lengths, data.seed, shuffle=shuffle)
 
 
 def _offline_source(session: Session, stage: StageConfig, rows: list[Row], *, shuffle: bool = True) -> Any:
@@ -151,9 +160,7 @@ def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, 
     data = session.config.data
     found = {split: split_rows(data, split) for split in ("dev", "test")}
     return {
-        split: Evaluator(
-            session, PromptSource(rows, session.tokenizer, data.prompt_lengths, data.seed, shuffle=False), runner, split
-        )
+        split: Evaluator(session, prompt_source(session, data, rows, shuffle=False), runner, split)
         for split, rows in found.items()
         if rows
     }

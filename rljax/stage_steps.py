@@ -44,6 +44,24 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
     return StepResult(state, position, metrics, None)
 
 
+def collect_step(stage: Stage, state: TrainState, position: DataPosition, step: int) -> StepResult:
+    """Sample and reward; nothing is trained."""
+    start = time.perf_counter()
+    done, position, metrics = collect(stage, state, position, step)
+    seconds, tokens = time.perf_counter() - start, int(done.host.valid.sum())
+    stage.last_head_from = done.host.tokens.shape[1] - stage.config.rollout.max_new_tokens
+    metrics |= {
+        "tokens": tokens,
+        "train/skipped": 0.0,
+        "time/rollout_s": done.rollout_s,
+        "time/reward_s": done.reward_s,
+        "time/step_s": seconds,
+        "speed/rollout_tokens_per_s": float(done.lengths.sum()) / done.rollout_s,
+        "speed/tokens_per_s": tokens / seconds,
+    }
+    return StepResult(state, position, metrics, done)
+
+
 def online_step(stage: Stage, state: TrainState, position: DataPosition, step: int) -> StepResult:
     """Sample, reward, score, update: one rollout."""
     start = time.perf_counter()

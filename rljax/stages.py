@@ -107,6 +107,10 @@ class Stage:
         """The reference stays and so do the rows: each is scored once, and the reference is let go."""
         return not self.online and "ref_logprobs" in self.algorithm.needs and not self.moving_reference
 
+    def sampling_policy(self, state: TrainState) -> Params:
+        """The policy that is trained, or the frozen one of a stage that only samples."""
+        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"]
+
     def reference_logprobs(self, rows: Any, split: str = "train") -> Any:
         """The reference's log-probs of rows of comparisons: those kept, or those of the reference as it is now."""
         layout = self.session.train.rows
@@ -232,6 +236,7 @@ def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
     """Where each frozen model of a stage comes from; "start" is what the stage starts from."""
     named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
     sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
+    sources |= {} if algorithm.trains else {"policy": "start"}
     return sources | ({"reward_model": config.reward_model_from} if config.reward_model_from else {})
 
 

@@ -12,7 +12,8 @@ from rljax.evaluate import sample_records
 from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
 from rljax.run import Run, total_steps
-from rljax.stage_steps import StepResult, offline_step, online_step
+from rljax.samples import SampleWriter, open_source
+from rljax.stage_steps import StepResult, collect_step, offline_step, online_step
 from rljax.stages import Stage, build_stage, frozen_sources
 from rljax.steps import TrainState
 from rljax.usage import usage_metrics
@@ -36,7 +37,7 @@ def train(run: Run) -> None:
 
 def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[str, Params] | None:
     session, progress = run.session, run.progress
-    stage = build_stage(session, config, number, run.sources[number], run.runner, run.texts[number])
+    stage = build_stage(session, config, number, open_source(run, number), run.runner, run.texts[number])
     origin = _origin(run.config, number)
     if progress.stage == number and progress.stage_step > 0:
         state = _restore(run, stage, origin)
@@ -51,10 +52,11 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
+    samples = run.open_things.enter_context(SampleWriter(run, name))
     frozen = model_reward(stage)
     ranker = frozen and frozen._replace(weight=0.0)
     while progress.stage_step < config.steps:
-        state = _one_step(run, stage, state)
+        state = _one_step(run, stage, state, samples)
         last = progress.stage_step == config.steps
         leave = run.preemption.reached(progress.step)
         every = run.config.eval.every_steps
@@ -78,10 +80,11 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
     return state.params
 
 
-def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
+def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) -> TrainState:
     progress, before = run.progress, run.compiles.count
     _start_trace(run)
-    result = (online_step if stage.online else offline_step)(stage, state, progress.data, progress.stage_step)
+    step = offline_step if not stage.online else online_step if stage.algorithm.trains else collect_step
+    result = step(stage, state, progress.data, progress.stage_step)
     progress.step += 1
     progress.stage_step += 1
     progress.data = result.position
@@ -92,6 +95,7 @@ def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
     stage.update_reference(result.state, progress.stage_step)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
     _write_step_samples(run, result)
+    samples.write(progress.step, result.completions)
     _apply_limits(run, result.metrics)
     return result.state
 

@@ -46,7 +46,7 @@ def usage_metrics(session: Session, metrics: dict[str, float]) -> dict[str, floa
         if metrics.get(f"time/{phase}_s"):
             result[f"speed/{phase}_tokens_per_s"] = tokens / metrics[f"time/{phase}_s"]
     peak = peak_tflops(session)
-    if peak:
+    if peak and "time/update_s" in metrics:
         # forward and backward: three forward passes' worth
         flops_per_s = 3 * flops_per_token(session.model) * result["speed/update_tokens_per_s"]
         result["speed/mfu"] = flops_per_s / (chips * peak * 1e12)

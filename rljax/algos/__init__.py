@@ -3,6 +3,7 @@
 from rljax.algos import (
     aot,
     bco,
+    collect,
     cpo,
     distillation,
     dpo,
@@ -28,6 +29,7 @@ from rljax.algos.base import Algorithm, Batch
 ALGOS = {
     "aot": aot,
     "bco": bco,
+    "collect": collect,
     "cpo": cpo,
     "distillation": distillation,
     "dpo": dpo,

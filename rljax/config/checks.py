@@ -4,6 +4,8 @@ from rljax.algos import Algorithm
 from rljax.config.fields import Config, ConfigError, StageConfig
 from rljax.optim import make_schedule
 
+FROZEN = {"guide_from": "guide_logprobs", "teacher_from": "teacher_topk"}
+
 
 def check(config: Config) -> None:
     """Raises ConfigError, in one sentence that names the key."""
@@ -25,10 +27,14 @@ def check(config: Config) -> None:
             f"config.eval.samples is {config.eval.samples} and eval.temperature 0, which makes them all alike; "
             "set one of them"
         )
-    for name in config.recipe:
+    for number, name in enumerate(config.recipe):
         _check_stage(config.stage(name), config.key_of(name))
+        _check_select(config, number)
         _check_shared(config, name)
     stages = [config.stage(name) for name in config.recipe]
+    for key, need in FROZEN.items():
+        if any(vars(stage)[key] for stage in stages) and not any(need in stage.algorithm().needs for stage in stages):
+            raise ConfigError(f"config.{key} does nothing: no algorithm of the recipe reads it")
     if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
         for key in ("reference_reset_steps", "reference_ema"):
             if any(vars(stage)[key] for stage in stages):
@@ -55,6 +61,38 @@ def _check_recipe(config: Config) -> None:
                     f"{config.key_of(name)}.{key} is {value!r}; it is one of {', '.join((*others, *earlier))}: "
                     "a stage can only take over from one that the recipe runs before it"
                 )
+
+
+# What each rule of select makes, as algorithms name it.
+MAKES = {
+    "correct": "text",
+    "best": "text",
+    "returns": "text",
+    "pairs": "pairs",
+    "ranking": "ranked",
+    "verdicts": "labelled",
+}
+
+
+def _check_select(config: Config, number: int) -> None:
+    """A stage on what earlier stages sampled."""
+    name = config.recipe[number]
+    stage, where, earlier = config.stage(name), config.key_of(name), config.recipe[:number]
+    if not stage.sampled_by:
+        if stage.select.rule:
+            raise ConfigError(f"{where}.select.rule is not read: {where}.data.train is not rollouts:<stage>")
+        return
+    for other in stage.sampled_by:
+        if other not in earlier or not config.stage(other).is_online:
+            raise ConfigError(
+                f"{where}.data.train: {other!r} is no stage before this one that samples; there are "
+                f"{', '.join(n for n in earlier if config.stage(n).is_online) or 'none'}"
+            )
+    made, wanted = MAKES.get(stage.select.rule, "nothing"), stage.algorithm().rows
+    if made != wanted and not (stage.is_online and stage.select.rule):
+        raise ConfigError(f"{where}.select.rule {stage.select.rule!r} makes {made}, and {where}.algo takes {wanted}")
+    if stage.data.splits_by_prompt or (name == "main" and stage.data.dev_rows and not stage.data.dev):
+        raise ConfigError(f"{where}.data: nothing is held out of what a stage samples; name data.dev and data.test")
 
 
 def _check_shared(config: Config, name: str) -> None:
@@ -105,11 +143,12 @@ def _check_stage(stage: StageConfig, where: str) -> None:
 
 
 def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
-    """Frozen models: named where they are read, and only there."""
-    for key, need in (("guide_from", "guide_logprobs"), ("teacher_from", "teacher_topk")):
-        if (need in algorithm.needs) != bool(vars(stage)[key]):
-            what = "is not set, and the algorithm reads it" if need in algorithm.needs else "is not read here"
-            raise ConfigError(f"{where}.{key} {what}; it names an earlier stage or a model folder")
+    """Frozen models: named where they are read."""
+    for key, need in FROZEN.items():
+        if need in algorithm.needs and not vars(stage)[key]:
+            raise ConfigError(
+                f"{where}.{key} is not set, and the algorithm reads it; it names an earlier stage or a model folder"
+            )
     if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
         raise ConfigError(
             f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "

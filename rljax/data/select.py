@@ -8,8 +8,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,59 +16,53 @@ import numpy as np
 from rljax.data.batches import prompt_of
 from rljax.data.rows import DataError, Row
 
-Rule = Literal["", "correct", "best", "returns", "pairs", "ranking", "verdicts"]
 Distinct = Literal["none", "text", "equations"]
+Other = Literal["random", "worst"]
 
 # 3+4=7, 48/2=24: what makes two worked solutions one, whatever the words between.
 _NUMBER = r"\d+(?:\.\d+)?"
 _EQUATION = re.compile(rf"{_NUMBER}(?:\s*[-+*/x×÷]\s*{_NUMBER})+\s*=\s*-?{_NUMBER}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelectConfig:
-    """What becomes of the samples of earlier stages (``data.train = "rollouts:stage,stage"``)."""
-
-    rule: Rule = ""  # correct, best of its group or returns: text; pairs; ranking; verdicts: labelled answers
-    distinct: Distinct = "none"  # of a prompt's samples keep one of each text or of each list of equations
-    per_prompt: int = 0  # keep at most so many samples of a prompt; 0: all
-    other: Literal["random", "worst"] = "random"  # what a group's best is paired with
-    labels: tuple[str, ...] = ()  # before the prompt of a wrong and of a right sample, for the rule returns
-    gap: Literal["", "easy", "difficult"] = ""  # keep pairs whose scores differ by more than gap_threshold, or the rest
-    gap_threshold: float = 0.0  # of MPO's split (2403.19443)
-    also: str = ""  # source of further rows of the same kind, as data.train
-
-    def __post_init__(self) -> None:
-        if self.per_prompt < 0:
-            raise ValueError(f"select.per_prompt is {self.per_prompt}; it must be 0 or more")
-        if (self.rule == "returns") != bool(self.labels) or len(self.labels) not in (0, 2):
-            raise ValueError("select.labels takes two texts, of wrong and of right samples, with the rule returns")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"select.labels are both {self.labels[0]!r}; right and wrong need different ones")
-
-
-def select(samples: Sequence[Row], config: SelectConfig, seed: int = 0) -> list[Row]:
-    """Rows of the kind that the rule makes, a function of the set of samples; the union of rounds is their sum.
+def select(
+    samples: Sequence[Row],
+    *,
+    rule: str,
+    distinct: Distinct = "none",
+    per_prompt: int = 0,
+    other: Other = "random",
+    labels: Sequence[str] = (),
+    gap: str = "",
+    gap_threshold: float = 0.0,
+    seed: int = 0,
+) -> list[Row]:
+    """Rows of the kind that ``rule`` makes; the settings are those of ``config.select``.
 
     Text rows are ``prompt, solution``. Raises DataError where nothing is left.
     """
     kept = [sample for sample in samples if sample["finished"]]
-    if config.rule == "correct":
+    if rule == "correct":
         kept = [sample for sample in kept if _verdict(sample)]
-    kept = distinct(kept, config.distinct)
-    if config.per_prompt:
-        kept = _at_most(kept, config.per_prompt, seed)
-    rows = _RULES[config.rule](kept, config, seed)
-    if config.gap:
-        rows = split_by_gap(rows, config.gap_threshold, config.gap)
+    kept = without_repetition(kept, distinct)
+    if per_prompt:
+        kept = _at_most(kept, per_prompt, seed)
+    if rule == "pairs":
+        rows = best_against(kept, other, seed)
+    elif rule == "returns":
+        rows = [labelled(_text(sample), labels[int(_verdict(sample))]) for sample in kept]
+    else:
+        rows = _RULES[rule](kept)
+    if gap:
+        rows = split_by_gap(rows, gap_threshold, gap)
     if not rows:
         raise DataError(
-            f"data.select.rule {config.rule!r} leaves no row of {len(samples)} samples "
-            f"({len(kept)} finished and kept); sample more, or from a policy that is right more often"
+            f"select.rule {rule!r} leaves no row of {len(samples)} samples ({len(kept)} finished and kept); "
+            "sample more, or from a policy that is right more often"
         )
     return rows
 
 
-def distinct(samples: Iterable[Row], kind: Distinct) -> list[Row]:
+def without_repetition(samples: Iterable[Row], kind: Distinct) -> list[Row]:
     """The first of every prompt's samples that are alike."""
     if kind == "none":
         return list(samples)
@@ -90,7 +83,7 @@ def equations(text: str) -> str:
     return ";".join(found) if found else normal_text(text)
 
 
-def best_against(samples: Iterable[Row], other: Literal["random", "worst"], seed: int = 0) -> list[Row]:
+def best_against(samples: Iterable[Row], other: Other, seed: int = 0) -> list[Row]:
     """A pair of each group: its best sample and the worst, or any other one (Zephyr, 2310.16944, section 3.3).
 
     The other one has a lower reward and another text; a group without one has no pair. Among equals the first is best.
@@ -118,11 +111,11 @@ def best_against(samples: Iterable[Row], other: Literal["random", "worst"], seed
     return rows
 
 
-def split_by_gap(rows: Sequence[Row], threshold: float, part: Literal["easy", "difficult"]) -> list[Row]:
+def split_by_gap(rows: Sequence[Row], threshold: float, part: str) -> list[Row]:
     """MPO (2403.19443): pairs whose scores differ by more than ``threshold`` are easy, all others difficult."""
     for number, row in enumerate(rows):
         if row.get("chosen_score") is None or row.get("rejected_score") is None:
-            raise DataError(f"row {number} has no chosen_score and rejected_score, whose gap data.select.gap compares")
+            raise DataError(f"row {number} has no chosen_score and rejected_score, whose gap select.gap compares")
     easy = [row["chosen_score"] - row["rejected_score"] > threshold for row in rows]
     return [row for row, is_easy in zip(rows, easy, strict=True) if is_easy == (part == "easy")]
 
@@ -157,25 +150,15 @@ def rows_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _text(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
-    return [{"prompt": prompt_of(s["row"], 0), "solution": s["completion"]} for s in samples]
+def _text(sample: Row) -> Row:
+    return {"prompt": prompt_of(sample["row"], 0), "solution": sample["completion"]}
 
 
-def _best(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
-    best = [max(group, key=lambda sample: sample["reward"]) for group in groups(samples).values()]
-    return _text(best, config, seed)
+def _best(samples: list[Row]) -> list[Row]:
+    return [_text(max(group, key=lambda sample: sample["reward"])) for group in groups(samples).values()]
 
 
-def _returns(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
-    labels = [config.labels[int(_verdict(sample))] for sample in samples]
-    return [labelled(row, label) for row, label in zip(_text(samples, config, seed), labels, strict=True)]
-
-
-def _pairs(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
-    return best_against(samples, config.other, seed)
-
-
-def _ranking(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
+def _ranking(samples: list[Row]) -> list[Row]:
     return [
         {
             "prompt": prompt_of(group[0]["row"], 0),
@@ -187,31 +170,21 @@ def _ranking(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
     ]
 
 
-def _verdicts(samples: list[Row], config: SelectConfig, seed: int) -> list[Row]:
+def _verdicts(samples: list[Row]) -> list[Row]:
     return [{"prompt": prompt_of(s["row"], 0), "completion": s["completion"], "label": _verdict(s)} for s in samples]
 
 
-_RULES = {
-    "correct": _text,
+_RULES: dict[str, Callable[[list[Row]], list[Row]]] = {
+    "correct": lambda samples: [_text(sample) for sample in samples],
     "best": _best,
-    "returns": _returns,
-    "pairs": _pairs,
     "ranking": _ranking,
     "verdicts": _verdicts,
-}
-MAKES: dict[str, str] = {
-    "correct": "text",
-    "best": "text",
-    "returns": "text",
-    "pairs": "pairs",
-    "ranking": "ranked",
-    "verdicts": "labelled",
 }
 
 
 def _verdict(sample: Row) -> bool:
     if sample["correct"] is None:
-        raise DataError("no reward judges right and wrong, which data.select.rule asks for; use best, pairs or ranking")
+        raise DataError("no reward judges right and wrong, which select.rule asks for; use best, pairs or ranking")
     return bool(sample["correct"])
 
 

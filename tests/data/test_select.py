@@ -8,7 +8,6 @@ import pytest
 from rljax.data.preferences import read_comparison
 from rljax.data.rows import DataError
 from rljax.data.select import (
-    SelectConfig,
     best_against,
     equations,
     labelled,
@@ -38,36 +37,38 @@ ROUND = [
 ]
 
 
-def rule(name: str, **settings: Any) -> SelectConfig:
-    return SelectConfig(rule=name, **settings)
+def rule(name: str, **settings: Any) -> dict[str, Any]:
+    return {"rule": name, **settings}
 
 
 def test_right_and_finished_samples_are_text() -> None:
-    assert select(ROUND, rule("correct")) == [
+    assert select(ROUND, **rule("correct")) == [
         {"prompt": "3+4=", "solution": text} for text in ("3+4=7;#7", " 3+4=7;#7", "so 3 + 4 = 7 it is", "#7")
     ]
 
 
 def test_the_same_text_and_the_same_equations_are_one_sample() -> None:
-    texts = [row["solution"] for row in select(ROUND, rule("correct", distinct="text"))]
+    texts = [row["solution"] for row in select(ROUND, **rule("correct", distinct="text"))]
     assert texts == ["3+4=7;#7", "so 3 + 4 = 7 it is", "#7"]
-    texts = [row["solution"] for row in select(ROUND, rule("correct", distinct="equations"))]
+    texts = [row["solution"] for row in select(ROUND, **rule("correct", distinct="equations"))]
     assert texts == ["3+4=7;#7", "#7"]
     assert equations("48/2 = 24 and 24 + 48=72.") == "48/2=24;24+48=72"
     other_prompt = sample("4+3", "3+4=7;#7", 1.0)
-    assert len(select([*ROUND, other_prompt], rule("correct", distinct="equations"))) == 3
+    assert len(select([*ROUND, other_prompt], **rule("correct", distinct="equations"))) == 3
 
 
 def test_a_union_of_rounds_is_the_union_of_sets() -> None:
-    again = select([*ROUND, *ROUND], rule("correct", distinct="text"))
-    assert again == select(ROUND, rule("correct", distinct="text"))
+    again = select([*ROUND, *ROUND], **rule("correct", distinct="text"))
+    assert again == select(ROUND, **rule("correct", distinct="text"))
 
 
 def test_at_most_so_many_of_a_prompt() -> None:
-    rows = select(ROUND, rule("correct", per_prompt=2))
+    rows = select(ROUND, **rule("correct", per_prompt=2))
     assert len(rows) == 2
-    assert rows == select(ROUND[::-1][::-1], rule("correct", per_prompt=2))
-    chosen = {tuple(r["solution"] for r in select(ROUND, rule("correct", per_prompt=2), seed)) for seed in range(40)}
+    assert rows == select(ROUND[::-1][::-1], **rule("correct", per_prompt=2))
+    chosen = {
+        tuple(r["solution"] for r in select(ROUND, **rule("correct", per_prompt=2), seed=seed)) for seed in range(40)
+    }
     assert len(chosen) == 6  # all pairs of four
 
 
@@ -79,7 +80,7 @@ def test_the_best_is_paired_with_any_worse_one_and_never_with_an_equal() -> None
     (pair,) = best_against(group, "worst")
     assert (pair["chosen"], pair["rejected"], pair["chosen_score"], pair["rejected_score"]) == ("b", "d", 0.9, 0.1)
     assert not best_against([sample("g", text, 1.0) for text in "abc"], "worst")
-    assert read_comparison(pair, 0).scores == [1.0, 0.0]
+    assert read_comparison(pair, 0)[1:] == (["b", "d"], [0.9, 0.1])
 
 
 def test_a_groups_pair_does_not_depend_on_the_groups_beside_it() -> None:
@@ -108,12 +109,12 @@ def test_pairs_without_scores_have_no_gap() -> None:
 
 def test_difficult_pairs_become_prompts() -> None:
     group = [sample("g", "a", 0.2), sample("g", "b", 0.1)]
-    rows = select(group, rule("pairs", gap="difficult", gap_threshold=0.5))
+    rows = select(group, **rule("pairs", gap="difficult", gap_threshold=0.5))
     assert [row["answer"] for row in prompts_of(rows + rows)] == ["7"]  # a verifier still finds its column
 
 
 def test_returns_are_labels_before_the_prompt() -> None:
-    rows = select(ROUND, rule("returns", labels=("-", "+")))
+    rows = select(ROUND, **rule("returns", labels=("-", "+")))
     assert [row["prompt"] for row in rows] == ["+3+4="] * 4 + ["-3+4=", "-2+5="]
     chat = [
         {"role": "user", "content": "hi"},
@@ -124,33 +125,19 @@ def test_returns_are_labels_before_the_prompt() -> None:
 
 
 def test_rankings_and_verdicts() -> None:
-    (ranking, _) = select([*ROUND, sample("2+5", "#7", 1.0)], rule("ranking", distinct="text"))
+    (ranking, _) = select([*ROUND, sample("2+5", "#7", 1.0)], **rule("ranking", distinct="text"))
     assert ranking["scores"] == [1.0, 1.0, 1.0, 0.0] and len(ranking["completions"]) == 4
-    rows = select(ROUND, rule("verdicts"))
+    rows = select(ROUND, **rule("verdicts"))
     assert [row["label"] for row in rows] == [True] * 4 + [False] * 2
-    best = select(ROUND, rule("best"))
+    best = select(ROUND, **rule("best"))
     assert best == [{"prompt": "3+4=", "solution": "3+4=7;#7"}, {"prompt": "2+5=", "solution": "#6"}]
 
 
 def test_nothing_left_and_nobody_judging_are_said() -> None:
     with pytest.raises(DataError, match=r"rule 'correct' leaves no row of 1 samples"):
-        select([sample("g", "a", 0.0)], rule("correct"))
+        select([sample("g", "a", 0.0)], **rule("correct"))
     with pytest.raises(DataError, match="no reward judges right and wrong"):
-        select([sample("g", "a", 0.0, correct=None)], rule("verdicts"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"rule": "returns"}, "labels takes two texts"),
-        ({"rule": "pairs", "labels": ("a", "b")}, "labels takes two texts"),
-        ({"rule": "returns", "labels": ("a", "a")}, "both 'a'"),
-        ({"per_prompt": -1}, "per_prompt is -1"),
-    ],
-)
-def test_settings_that_do_not_fit(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        SelectConfig(**settings)
+        select([sample("g", "a", 0.0, correct=None)], **rule("verdicts"))
 
 
 def test_the_hash_knows_order_and_content() -> None:

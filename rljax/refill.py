@@ -87,6 +87,7 @@ class Refill(NamedTuple):
     params: Params
     queue: Prompts  # one row a prompt
     keys: PRNGKeyArray  # one a request
+    greedy: Bool[Array, " r"]
 
     @property
     def budget(self) -> int:
@@ -111,7 +112,8 @@ def decode_with_refill(
     rows = prompts.tokens.shape[0]
     queue = jax.tree.map(lambda x: x[:: plan.group], prompts)
     keys = jax.vmap(partial(request_key, key))(prompts.prompt_id, prompts.sample_id)
-    r = Refill(model, layout, sampling, dtype, plan, params, queue, keys)
+    greedy = prompts.sample_id < sampling.greedy_samples
+    r = Refill(model, layout, sampling, dtype, plan, params, queue, keys, greedy)
     sizes = [min(plan.slots, rows)]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
@@ -184,7 +186,7 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
     slots, cursor = s.slots, s.step % r.budget
     scores = logits(r.model, r.params, slots.hidden)
     keys = jax.vmap(jax.random.fold_in)(r.keys[slots.request], slots.age)
-    token, logprob, support = sample(keys, scores, r.sampling)
+    token, logprob, support = sample(keys, scores, r.sampling, r.greedy[slots.request])
     ended = jnp.any(token[:, None] == jnp.asarray(r.sampling.end_ids, jnp.int32), axis=-1)
     at = jnp.where(slots.running, slots.request, r.requests)  # out of bounds: not written
     put = partial(_put, at, slots.age)

@@ -46,7 +46,7 @@ def measure_drift(session: Session, folders: Sequence[str], source: PromptSource
 
     ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
     under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``: which
-    of BOUNDS do. Sampled as in training.
+    BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
     generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)

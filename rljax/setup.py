@@ -62,7 +62,7 @@ def split_rows(data: DataConfig, split: str) -> list[Row]:
     """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
     if data.splits_by_prompt:
         count = {"train": data.train_rows, "dev": data.dev_rows, "test": data.test_rows}[split]
-        rows = rows_of_split(_load(data, data.train, "train", 0), split)
+        rows = rows_of_split(_load(data, data.train, "train", 0), split, seed=data.seed)
         return rows[:count] if count else rows
     held_out = 0 if data.dev else data.dev_rows
     if split == "train" or (split == "dev" and held_out):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.online_dpo import full_logprobs
+from rljax.algos.online_dpo import whole_vocabulary
 from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.losses.logprobs import sequence_logprobs
 from rljax.losses.masked import count_sequences, masked_sum
 from rljax.losses.preference_variants import nash_md, nash_md_per_token
 from rljax.types import Experience, Outputs, Term
@@ -55,13 +56,13 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         return state, batch, {"sequences": count_sequences(batch["loss_mask"])}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        mask, new = batch["loss_mask"], full_logprobs(outputs)
+        mask, new = batch["loss_mask"], whole_vocabulary(outputs).logprobs
+        assert new is not None  # a policy is trained
         ref, chance, rows = batch["ref_logprobs"], batch["preference"], jnp.any(mask, axis=-1)
         if config.per_token:
             losses = nash_md_per_token(new, ref, chance, mask, beta=config.beta)
         else:
-            sums = (masked_sum(x, mask, axis=-1) for x in (new, ref))
-            losses = nash_md(*sums, chance, beta=config.beta)
+            losses = nash_md(sequence_logprobs(new, mask), sequence_logprobs(ref, mask), chance, beta=config.beta)
         return {
             "policy": Term(masked_sum(losses, rows), "sequences"),
             "preference": Term(masked_sum(chance, rows), "sequences", 0.0),

@@ -194,7 +194,8 @@ def policy_prepare(
         if config.covariance == "kl_cov":
             selected = highest_covariance(covariance, mask, count=count)
         else:
-            clipped = _clipped(config, *zero_masked(mask, current, _old(batch), advantages), mask)
+            new, old, known = zero_masked(mask, current, _old(batch), advantages)
+            clipped = _clipped(config, new, old, known, mask)
             low, high = config.covariance_bounds
             selected = random_high_covariance(
                 key, covariance, mask & ~clipped[0] & ~clipped[1], count=count, low=low, high=high

@@ -30,6 +30,7 @@ from rljax.losses.advantages import (
     scale_by_percentile,
     update_percentile_scale,
 )
+from rljax.losses.guidance import shifted_rewards
 from rljax.losses.kl import adaptive_kl_coef
 from rljax.losses.masked import count_sequences, masked_sum, whiten, zero_masked
 from rljax.losses.returns import gae, on_last_token
@@ -84,36 +85,40 @@ def make(
         assert experience.values is not None and experience.final_values is not None  # it is in needs
         values, final = as_value(config, experience.values), as_value(config, experience.final_values)
         kl = kl_in_reward(config, experience)
-        rewards = on_last_token(scores_of(config, experience), mask) - state.kl_coef * kl + dense(state, experience)
+        rewards = on_last_token(scores_of(config, experience), mask) - state.kl_coef * kl
+        rewards = shift(state, experience, rewards)
         if token_rewards is not None:
             rewards += token_rewards(experience)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         after = jnp.where(is_finished(experience), 0, final) if config.truncated == "bootstrap" else None
         advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=after)
+        facts = {"explained_variance": explained_variance(values, returns, mask), "kl_coef": state.kl_coef}
         state = updated(state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
         if config.scale_by_percentile:
             advantages = scale_by_percentile(advantages, state.returns)
         if config.whiten_advantages == "rollout":
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
-        facts = {"explained_variance": explained_variance(values, returns, mask), "kl_coef": state.kl_coef}
         batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
         batch |= {name: jnp.broadcast_to(value, mask.shape[:1]) for name, value in facts.items()}
         return state, jax.lax.stop_gradient(batch)
 
-    def dense(state: State, experience: Experience) -> Float[Array, "b t"] | float:
+    def shift(state: State, experience: Experience, rewards: Array) -> Array:
         if not config.dense_coef:
-            return 0.0
+            return rewards
         assert experience.dense_rewards is not None  # it is in needs
-        left = jnp.maximum(1 - state.rollouts / config.dense_rollouts, 0) if config.dense_rollouts else 1.0
-        return config.dense_coef * left * zero_masked(experience.rollout.loss_mask, experience.dense_rewards)
+        dense = zero_masked(experience.rollout.loss_mask, experience.dense_rewards)
+        progress = state.rollouts / config.dense_rollouts if config.dense_rollouts else 0.0
+        return shifted_rewards(rewards, dense, coef=config.dense_coef, progress=progress)
 
     def updated(state: State, kl: Array, returns: Array, mask: Array) -> State:
-        coef = state.kl_coef
+        coef, scale = state.kl_coef, state.returns
         if config.kl_target:
             samples = mask.shape[0]
             coef = adaptive_kl_coef(coef, kl, target_kl=config.kl_target, horizon=config.kl_horizon, n_samples=samples)
-        return State(state.rollouts + 1, coef, update_percentile_scale(state.returns, returns, mask))
+        if config.scale_by_percentile:
+            scale = update_percentile_scale(scale, returns, mask)
+        return State(state.rollouts + 1, coef, scale)
 
     def prepare(state: State, batch: Batch, key: Array) -> tuple[State, Batch, dict]:
         if config.whiten_advantages == "minibatch":

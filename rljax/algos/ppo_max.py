@@ -30,6 +30,8 @@ class State(NamedTuple):
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     """Raises ValueError where PPO does."""
     plain = ppo.make(config, group_size=group_size, max_new_tokens=max_new_tokens)
+    plain_targets = plain.targets
+    assert plain_targets is not None  # PPO is online
 
     def init() -> State:
         return State(empty_moments(), plain.init())
@@ -47,7 +49,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         rows = jnp.any(experience.rollout.loss_mask, axis=-1)
         moments = merge_moments(state.rewards, moments_of(experience.rewards, rows))
         rewards = normalized(moments, experience.rewards)
-        inner, batch = plain.targets(state.ppo, experience._replace(rewards=rewards))
+        inner, batch = plain_targets(state.ppo, experience._replace(rewards=rewards))
         return State(moments, inner), batch
 
     def prepare(state: State, batch: Batch, key: Array) -> tuple[State, Batch, dict]:

@@ -6,18 +6,20 @@ A prompt's first completion is the policy's and its second the reference's (``ri
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.online_dpo import full_logprobs, margins, pair_batch, pairs, prepare_pairs, whole_pairs
+from rljax.algos.online_dpo import pair_batch, whole_vocabulary
+from rljax.algos.pairs import kept_pairs, pair_metrics, prepare_pairs, sides, sums
 from rljax.algos.scores import ScoreConfig, scores_of
 from rljax.losses.masked import masked_sum
-from rljax.losses.preferences import dpo
+from rljax.losses.preference_variants import xpo
 from rljax.types import Experience, Outputs, Term
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ScoreConfig):
-    beta: float  # strength of the KL to the reference that the loss implies
+    beta: float  # of the KL to the reference
     alpha: float  # of the exploration term, the log-prob of the reference's completion; 0 is online DPO
 
 
@@ -27,23 +29,25 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         raise ValueError("a pair is one completion of the policy and one of the reference; set rollout.group_size to 2")
 
     def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
-        scores = scores_of(config, experience).reshape(-1, 2)
-        won = scores[:, 0] > scores[:, 1]
-        order = jnp.where(won[:, None], jnp.array([0, 1]), jnp.array([1, 0]))
-        batch = pair_batch(experience, order, scores[:, 0] != scores[:, 1])
-        del batch["behavior_logprobs"]  # the reference's, on half of the rows
+        policys, references = sides(scores_of(config, experience))
+        won = policys > references
+        order = jnp.stack([~won, won], axis=1).astype(jnp.int32)  # 1 is the reference's completion
+        batch = pair_batch(experience, order, policys != references)
+        del batch["behavior_logprobs"]  # on half of the rows those of the reference
         return state, {**batch, "from_reference": order.reshape(-1) == 1}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        mask = batch["loss_mask"]
-        new, ref = (pairs(masked_sum(x, mask, axis=-1)) for x in (full_logprobs(outputs), batch["ref_logprobs"]))
-        explore = jnp.sum(jnp.where(pairs(batch["from_reference"]), new, 0), axis=1)
-        kept = whole_pairs(mask)
-        losses = dpo(new[:, 0], new[:, 1], ref[:, 0], ref[:, 1], beta=config.beta)
+        mask, logprobs = batch["loss_mask"], whole_vocabulary(outputs).logprobs
+        assert logprobs is not None  # a policy is trained
+        kept = kept_pairs(mask)
+        policy, reference = sums(logprobs, mask), sums(batch["ref_logprobs"], mask)
+        explore: Array = jnp.where(sides(batch["from_reference"])[0], *policy)
+        losses = xpo(*policy, *reference, explore, beta=config.beta, alpha=config.alpha)
+        chosen, rejected = (config.beta * (l - ref) for l, ref in zip(policy, reference, strict=True))
         return {
-            "policy": Term(masked_sum(losses, kept), "pairs"),
-            "exploration": Term(masked_sum(explore, kept), "pairs", config.alpha),
-            **margins(config.beta, new - ref, mask),
+            "preference": Term(masked_sum(losses, kept), "pairs"),
+            "exploration": Term(masked_sum(explore, kept), "pairs", 0.0),
+            **pair_metrics((chosen, rejected), policy, kept),
         }
 
     return Algorithm(

@@ -83,7 +83,7 @@ class DataConfig:
     prompt_prefix: str = ""  # before every prompt that is completed, such as the label of a wanted return
     prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
     row_length: Positive = 512  # tokens of a supervised row: prompt and completion together
-    seed: Count = 0  # of the order
+    seed: Count = 0  # of the order, and of splits_by_prompt
     splits_by_prompt: bool = False  # dev and test are tenths of the training source, by a hash of each row's prompt
     bad_rows: Literal["error", "drop"] = "error"  # preference rows that prefer nothing: a sentence, or left out
 

@@ -210,11 +210,10 @@ def held_out_by_prompt(rows: Sequence[Row], count: int) -> tuple[list[Row], list
     return train, [row for row, prompt in zip(rows, prompts, strict=True) if prompt in held]
 
 
-def rows_of_split(rows: Sequence[Row], split: str) -> list[Row]:
+def rows_of_split(rows: Sequence[Row], split: str, *, seed: int = 0) -> list[Row]:
     """The preference rows that belong to a split, decided by the prompt: rows of one prompt stay together."""
-    return [
-        row for number, row in enumerate(rows) if split_of(f"prompt:{read_comparison_prompt(row, number)}") == split
-    ]
+    prompts = [read_comparison_prompt(row, number) for number, row in enumerate(rows)]
+    return [row for row, prompt in zip(rows, prompts, strict=True) if split_of(f"prompt{seed or ''}:{prompt}") == split]
 
 
 def read_comparison(row: Row, number: int) -> Comparison:

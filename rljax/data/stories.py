@@ -43,9 +43,10 @@ def make_rows(
     max_prompt_chars: int = 200,
     min_occurrences: int = 20,
     words_from: str = "continuation",
+    min_sentences: int = 0,
     keep_space: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows ``prompt`` (a story's opening), ``words`` (required), ``continuation`` (the real one) and ``dataset``.
+    """Rows ``prompt`` (a story's opening), ``words`` and ``sentences`` (required), ``continuation`` and ``dataset``.
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
@@ -85,7 +86,13 @@ def make_rows(
             required = sorted(candidates, key=lambda word: -told[word])[:words]  # the story's subject first
         if keep_space:
             end += len(continuation) - len(continuation.lstrip())
-        rows[prompt] = {"prompt": story[:end], "words": required, "continuation": story[end:], "dataset": "stories"}
+        rows[prompt] = {
+            "prompt": story[:end],
+            "words": required,
+            "sentences": min_sentences,
+            "continuation": story[end:],
+            "dataset": "stories",
+        }
     if count is not None and count > len(rows):
         raise ValueError(f"{path} gives {len(rows)} story prompts in split {split!r}, not {count}; ask for fewer")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]

@@ -140,10 +140,17 @@ def test_the_hero_is_the_name_that_the_real_story_says_most(tmp_path):
         row
         for split in COUNTS
         for row in stories.make_rows(
-            split=split, path=str(file), words=1, words_from="hero", opening_sentences=2, min_occurrences=2
+            split=split,
+            path=str(file),
+            words=1,
+            words_from="hero",
+            opening_sentences=2,
+            min_occurrences=2,
+            min_sentences=4,
         )
     ]
-    assert [(row["prompt"], row["words"]) for row in rows] == [("Once, Tim met Sue. They ran. ", ["Sue"])]
+    assert len(rows) == 1 and rows[0]["prompt"] == "Once, Tim met Sue. They ran. "
+    assert rows[0]["words"] == ["Sue"] and rows[0]["sentences"] == 4
 
 
 def test_heroes_of_the_real_files(data_dir):

@@ -94,7 +94,7 @@ def _check_shared(config: Config, name: str) -> None:
     """What stands at the top level for all stages and for evaluation: a stage's own value would not be read."""
     stage = config.stage(name)
     for group, keys in (
-        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value")),
+        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value", "discard_failed")),
         ("data", ("test", "test_rows")),
     ):
         for key in keys:

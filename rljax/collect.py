@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
-from rljax.rollouts import Completions, ModelReward, complete, row_metrics
+from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
 from rljax.session import ROLLOUT_KEY
 from rljax.sharding import to_global
 from rljax.stages import Stage
@@ -44,6 +44,7 @@ def collect(
             key,
             int(state.step),
             model_reward=model_reward(stage),
+            rival=rival(stage, state),
         )
         if not mixed:
             return done, position, row_metrics([done], r.group_size)
@@ -68,6 +69,14 @@ def model_reward(stage: Stage) -> ModelReward | None:
         return stage.program("reward", 0)(stage.frozen["reward_model"], rows)
 
     return ModelReward(scores, stage.config.reward_model_weight, stage.config.reward_model_threshold)
+
+
+def rival(stage: Stage, state: TrainState) -> Rival | None:
+    """The policy mixed with the reference, or the reference alone; None where the policy writes everything."""
+    if stage.rival is None:
+        return None
+    alone = stage.algorithm.rival_mixture == 1
+    return Rival(stage.rival, stage.reference if alone else (state.params["policy"], stage.reference))
 
 
 def _widened(prompts: PromptBatch, width: int) -> PromptBatch:

@@ -19,6 +19,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    greedy_samples: int = 0  # of a prompt's samples so many, the first, are greedy
 
     @property
     def scoring_temperature(self) -> float:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +71,13 @@ def verified_bonus(verified: np.ndarray, scores: np.ndarray, threshold: float) -
     return np.where(verified > 0, np.where(scores > threshold, 1.0, -0.5), 0.0)
 
 
+class Rival(NamedTuple):
+    """Who writes the second half of every prompt's completions in the policy's place."""
+
+    generate: Generate
+    params: Any
+
+
 def complete(
     session: Session,
     generate: Generate,
@@ -80,13 +88,25 @@ def complete(
     key: PRNGKeyArray,
     version: int,
     model_reward: ModelReward | None = None,
+    rival: Rival | None = None,
 ) -> Completions:
     """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process."""
     start = time.perf_counter()
     layout = session.train.rows
-    placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
-    rollout = jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
-    host = gather(rollout)
+
+    def write(generate: Generate, params: Any, prompts: PromptBatch) -> Rollout:
+        placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
+        return jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
+
+    if rival is None:
+        rollout = write(generate, params, prompts)
+        host = gather(rollout)
+    else:
+        theirs = prompts.sample_id > prompts.sample_id.max() // 2
+        halves = [jax.tree.map(lambda x, kept=kept: x[kept], prompts) for kept in (~theirs, theirs)]
+        written = (write(generate, params, halves[0]), write(*rival, halves[1]))
+        host = jax.tree.map(partial(_woven, theirs), *(gather(half) for half in written))
+        rollout = jax.tree.map(lambda x: to_global(x, layout), host)
     middle = time.perf_counter()
     mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
     samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
@@ -170,6 +190,12 @@ def _parts(runner: RewardRunner, scored: Scored, mine: np.ndarray, rows: int) ->
         values[mine] = [parts.get(name, np.nan) for parts in scored.parts]
         found[name] = _owners(values)
     return found
+
+
+def _woven(theirs: np.ndarray, ours: np.ndarray, others: np.ndarray) -> np.ndarray:
+    rows = np.empty((len(theirs), *ours.shape[1:]), ours.dtype)
+    rows[~theirs], rows[theirs] = ours, others
+    return rows
 
 
 def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:

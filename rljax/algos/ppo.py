@@ -97,9 +97,11 @@ def make(
         state = updated(state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
         if config.scale_by_percentile:
             advantages = scale_by_percentile(advantages, state.returns)
+        raw = advantages
         if config.whiten_advantages == "rollout":
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
         batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
+        batch["raw_advantages"] = raw
         batch |= {name: jnp.broadcast_to(value, mask.shape[:1]) for name, value in facts.items()}
         return state, jax.lax.stop_gradient(batch)
 

@@ -4,6 +4,8 @@ from rljax.algos import Algorithm
 from rljax.config.fields import Config, ConfigError, StageConfig
 from rljax.optim import make_schedule
 
+FROZEN = {"guide_from": "guide_logprobs", "teacher_from": "teacher_topk"}
+
 
 def check(config: Config) -> None:
     """Raises ConfigError, in one sentence that names the key."""
@@ -30,6 +32,9 @@ def check(config: Config) -> None:
         _check_select(config, number)
         _check_shared(config, name)
     stages = [config.stage(name) for name in config.recipe]
+    for key, need in FROZEN.items():
+        if any(vars(stage)[key] for stage in stages) and not any(need in stage.algorithm().needs for stage in stages):
+            raise ConfigError(f"config.{key} does nothing: no algorithm of the recipe reads it")
     if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
         for key in ("reference_reset_steps", "reference_ema"):
             if any(vars(stage)[key] for stage in stages):
@@ -138,11 +143,17 @@ def _check_stage(stage: StageConfig, where: str) -> None:
 
 
 def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
-    """Frozen models: named where they are read, and only there."""
-    for key, need in (("guide_from", "guide_logprobs"), ("teacher_from", "teacher_topk")):
-        if (need in algorithm.needs) != bool(vars(stage)[key]):
-            what = "is not set, and the algorithm reads it" if need in algorithm.needs else "is not read here"
-            raise ConfigError(f"{where}.{key} {what}; it names an earlier stage or a model folder")
+    """Frozen models: named where they are read."""
+    for key, need in FROZEN.items():
+        if need in algorithm.needs and not vars(stage)[key]:
+            raise ConfigError(
+                f"{where}.{key} is not set, and the algorithm reads it; it names an earlier stage or a model folder"
+            )
+    if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
+        raise ConfigError(
+            f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "
+            f"{algorithm.critic_outputs}; start it from 'policy'"
+        )
     if stage.reward_model_from and algorithm.targets is None:
         raise ConfigError(f"{where}.reward_model_from scores completions, and this stage samples none")
     if stage.text_mix.coef and not stage.text_mix.train:

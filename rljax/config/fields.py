@@ -253,7 +253,7 @@ class StageConfig:
         return self.steps * self.batch.epochs * self.batch.minibatches
 
     def algorithm(self) -> Algorithm:
-        module = next(module for module in ALGOS.values() if isinstance(self.algo, module.Config))
+        module = next(module for module in ALGOS.values() if type(self.algo) is module.Config)
         return module.make(self.algo, group_size=self.rollout.group_size, max_new_tokens=self.rollout.max_new_tokens)
 
     @property

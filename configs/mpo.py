@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     with config.unlocked():
         config.stages = ConfigDict(
             {
-                "reward_model": REWARD_MODEL,
+                "reward_model": {**REWARD_MODEL, "select": {"gap": ""}},  # all pairs
                 "easy": {
                     "algo": {"name": "dpo", "beta": 0.1},
                     "init_from": "base",

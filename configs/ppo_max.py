@@ -14,6 +14,7 @@ from rljax.config import default_config
 REWARD_MODEL = {
     "algo": {"name": "reward_model", "loss": "bradley_terry"},
     "steps": 1000,
+    "critic": {"init_from": "policy"},
     "data": {"row_length": 1024},
     "batch": {"rows": 64, "micro_batch_rows": 0, "minibatches": 1},
     "text_mix": {"coef": 0.0},
@@ -82,7 +83,7 @@ def script() -> ConfigDict:
     config = get_config()
     config.name = "ppo_max_script"
     config.algo.reward_center = False
-    config.algo.normalized_clip = None
+    config.algo.normalized_clip = 1e6  # the script's 0 is off
     config.algo.kl_coef = 0.01
     config.algo.advantage_clip = 0.5
     config.text_mix.coef = 0.0

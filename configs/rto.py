@@ -22,6 +22,7 @@ DPO = {
 REWARD_MODEL = {
     "algo": {"name": "reward_model", "loss": "bradley_terry"},
     "steps": PAIRS // 128,
+    "critic": {"init_from": "policy"},
     "batch": {"rows": 128, "micro_batch_rows": 32, "minibatches": 1},
     "optim": {"learning_rate": 5e-6, "schedule": "cosine", "warmup_fraction": 0.03},
 }

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             {
                 "sft": {
                     "algo": {"name": "sft"},
+                    "init_from": "base",
                     "steps": SUMMARIES // 128,  # 1 epoch
                     "data": {"row_length": 562},  # detail 5
                     "batch": {"rows": 128, "epochs": 1},
@@ -40,6 +41,7 @@ def get_config() -> ConfigDict:
                 },
                 "reward_model": {
                     "algo": {"name": "reward_model", "loss": "bradley_terry"},
+                    "init_from": "sft",
                     "steps": PAIRS // 64,  # 1 epoch
                     "data": {"train": "tldr/comparisons.jsonl", "row_length": 638},
                     "batch": {"rows": 64, "epochs": 1},

@@ -49,6 +49,8 @@ def dpo() -> ConfigDict:
 REWARD_MODEL = {
     "algo": {"name": "reward_model", "loss": "bradley_terry"},
     "steps": PAIRS // 512,  # 1 epoch
+    "init_from": "base",
+    "critic": {"init_from": "policy"},
     "data": {"row_length": 4096, "prompt_lengths": (4096,)},
     "batch": {"rows": 512, "minibatches": 1},  # 32 x 16
     "optim": {

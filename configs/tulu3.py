@@ -80,6 +80,7 @@ def rlvr(algo: str) -> ConfigDict:
 REWARD_MODEL = {
     "algo": {"name": "reward_model", "loss": "bradley_terry"},  # the head's std is 1/sqrt(d + 1), as everywhere here
     "steps": PAIRS // 256,  # 1 epoch
+    "critic": {"init_from": "policy"},
     "data": {
         "train": "allenai/llama-3.1-tulu-3-8b-preference-mixture",
         "columns": {},

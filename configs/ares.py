@@ -4,8 +4,8 @@
         --config.reward.names=my_teacher:feedback --config.stages.corrected.data.train=corrected.jsonl
 
 ``my_teacher.py`` holds ``feedback = SentenceFeedback("feedback.jsonl")`` (rljax/rewards/sentences.py): a line for each
-completion, with a score in [0, 1] for every sentence, of which .5 is taken and the rest added at that sentence's last token.
-A completion whose sentences and scores differ in number is left out. Hardware and results: not measured here.
+completion, with a score in [0, 1] for every sentence; the score less .5 is added at that sentence's last token. A
+completion whose sentences and scores differ in number is left out. Hardware and results: not measured here.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,8 @@
     python -m rljax.main --config configs/teaching_reasoning.py:ppo
 
 Every round of expert iteration fine-tunes the **first** checkpoint on all rounds' distinct right answers. Data:
-``datasets/gsm8k`` under ``$RLJAX_DATA``. Hardware: not measured here. Expected (theirs): expert iteration best in most settings.
+``datasets/gsm8k`` under ``$RLJAX_DATA``. Hardware: not measured here. Expected (theirs): expert iteration is best in
+most settings.
 """
 
 import os
@@ -91,7 +92,7 @@ def rejection() -> ConfigDict:
 
 
 def raft() -> ConfigDict:
-    """RAFT (2304.06767): the best of a group by reward, of this round only, and training goes on from the last round."""
+    """RAFT (2304.06767): the best of each group, of this round only; training goes on from the last round."""
     stages: dict[str, Any] = {}
     for number in range(1, ROUNDS + 1):
         stages[f"sample_{number}"] = sample()

@@ -3,9 +3,9 @@
     python -m rljax.data.tldr --input RAW.jsonl --output tldr/train.jsonl     posts to prompts (details 1 to 4)
     python -m rljax.main --config configs/tldr.py --config.data.train=tldr/train.jsonl
 
-Waits for Pythia's family (``gpt_neox``); any other model runs it: ``--config.model.path=...``. tests/test_tldr_details.py
-has a test for each detail. Not measured here. Expected (the authors'): reward-model accuracy .628 / .669 / .689 at 1B /
-2.8B / 6.9B; 6.9B wins about 80 % against the references; 1B over-optimises.
+Waits for Pythia's family (``gpt_neox``); any other model runs it: ``--config.model.path=...``.
+tests/test_tldr_details.py has a test for each detail. Not measured here. Expected (the authors'): reward-model accuracy
+.628 / .669 / .689 at 1B / 2.8B / 6.9B; 6.9B wins about 80 % against the references; 1B over-optimises.
 """
 
 from ml_collections import ConfigDict

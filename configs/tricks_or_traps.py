@@ -4,8 +4,9 @@
     python -m rljax.main --config configs/tricks_or_traps.py:grpo       or :dapo
     ... --config.model.path=Qwen/Qwen3-8B-Base
 
-Truncated sampling (top-p .99, top-k 100) is theirs; log-probs here are of the truncated distribution on both sides, theirs
-of the whole one. Hardware: not measured here. Expected (theirs, curves only): 8B base on hard data, MATH-500 about 80.
+Truncated sampling (top-p .99, top-k 100) is theirs; log-probs here are of the truncated distribution on both sides,
+theirs of the whole one. Hardware: not measured here. Expected (theirs, curves only): 8B base on hard data, MATH-500
+about 80.
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,7 @@ def sft() -> ConfigDict:
     config.batch.rows = 128
     config.batch.micro_batch_rows = 32
     config.steps = 2 * SFT_ROWS // 128  # 2 epochs
-    # The authors sum over tokens without a denominator, and their rate is tuned to that: the mean over the step's tokens
+    # The authors sum over tokens without a denominator, and their rate is tuned to that: the mean over a step's tokens
     # is the same direction, free of the scale.
     config.optim.learning_rate = 5e-6
     config.optim.schedule = "linear"

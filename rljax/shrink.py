@@ -23,7 +23,7 @@ EVERYWHERE: dict[str, Any] = {
     "mesh": "1,-1,1",
     "decode_mesh": "",
     "compute_dtype": "float32",
-    "reward.names": ("rljax.shrink:even_share",),
+    "reward.names": ("rljax.shrink:digit_share",),
     "reward.weights": (),
     "checkpoint.every_steps": 0,
     "data.dev": "",
@@ -58,9 +58,9 @@ ARCHITECTURE = {
 }
 
 
-def even_share(prompt: str, completion: str) -> Score:
-    """A reward that random weights get a part of at once: the share of even digits, right from a half on."""
-    share = sum(c in "02468" for c in completion) / max(len(completion), 1)
+def digit_share(prompt: str, completion: str) -> Score:
+    """A reward that random weights get a part of at once: the share of digits, right from a half on."""
+    share = sum(c.isdigit() for c in completion) / max(len(completion), 1)
     return Score(share, correct=share >= 0.5)
 
 

@@ -43,8 +43,8 @@ def load_rows(
     """The rows of ``source``: a file, a folder with files named after their split, a Hub name, or a generated task.
 
     ``columns`` maps our names to the source's, ``{"prompt": "question"}``; each one named has to be in every row. The
-    other columns stay as they are. ``options`` go to a generated task, or, such as ``name`` or ``split``, to the Hub. A .txt
-    file gives one row ``{"text": line}`` a line. Raises DataError.
+    other columns stay as they are. ``options`` go to a generated task, or, such as ``name`` and
+    ``split``, to the Hub. A .txt file gives one row ``{"text": line}`` a line. Raises DataError.
     """
     options = dict(options or {})
     if source in GENERATED:

@@ -1,4 +1,4 @@
-"""Recipes by value: what a paper reports is what the resolved config says; and shrunk, each one builds, shards and trains."""
+"""Recipes by value: what a paper reports is what the config says; and shrunk, each one builds, shards and trains."""
 
 import importlib
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def recipes() -> dict[str, Callable[[], ConfigDict]]:
 
 RECIPES = recipes()
 
-# (key, value, where it is published); a stage's keys stand behind its name. "code": the authors' or the named code base.
+# (key, value, where it is published); a stage's keys stand behind its name. "code" is the authors'.
 VALUES: dict[str, list[tuple[str, Any, str]]] = {
     "tulu2p5:dpo": [
         ("algo.beta", 0.1, "2406.09279, code"),
@@ -432,7 +432,7 @@ def test_shrinking_changes_sizes_only(name: str) -> None:
 
 
 # One of each algorithm and kind of stage; all the others with the slow tests.
-QUICK = ("tulu3:dpo", "tricks_or_traps:lite_ppo", "rto", "teaching_reasoning:rejection")
+QUICK = ("tulu3:dpo", "tricks_or_traps:lite_ppo", "teaching_reasoning:rejection")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])

@@ -68,7 +68,7 @@ def model_reward(stage: Stage) -> ModelReward | None:
         rows = {"tokens": rollout.tokens, "valid": rollout.valid}
         return stage.program("reward", 0)(stage.frozen["reward_model"], rows)
 
-    return ModelReward(scores, stage.config.reward_model_weight)
+    return ModelReward(scores, stage.config.reward_model_weight, stage.config.reward_model_threshold)
 
 
 def rival(stage: Stage, state: TrainState) -> Rival | None:

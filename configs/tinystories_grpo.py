@@ -1,4 +1,4 @@
-"""GRPO on a real checkpoint: stories that take up the subject of their opening, end in time and do not repeat.
+"""GRPO on a real checkpoint: stories that keep their hero, have ten sentences, end in time and do not repeat.
 
     python -m rljax.main --config configs/tinystories_grpo.py
     python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
@@ -28,34 +28,37 @@ def get_config() -> ConfigDict:
             {
                 "path": f"{DATA}/datasets/text/tinystories_a.txt,{DATA}/datasets/text/tinystories_b.txt",
                 "words": 1,
-                "words_from": "opening",
+                "words_from": "hero",
                 "opening_sentences": 2,
-                "min_occurrences": 5,
+                "max_prompt_chars": 120,
+                "min_occurrences": 20,
+                "min_sentences": 10,
             }
         )
     config.data.dev_rows = 64
-    config.data.test_rows = 128
-    config.data.prompt_lengths = (64,)
+    config.data.test_rows = 108
+    config.data.prompt_lengths = (40,)
     config.reward.names = ("story",)
 
-    config.steps = 70
-    config.rollout.prompts_per_step = 16
+    config.steps = 50
+    config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 192
-    config.batch.minibatches = 2
-    config.algo.kl_coef = 0.005
+    config.batch.minibatches = 4
+    config.algo.kl_coef = 0.1
     config.algo.clip_low = 0.2
     config.algo.clip_high = 0.28
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "group"
     config.algo.aggregation = "token_mean"
     config.optim.learning_rate = 3e-4
+    config.optim.schedule = "linear"
     config.optim.warmup_steps = 5
 
     config.eval.temperature = 1.0
     config.eval.samples = 4
-    config.eval.every_steps = 35
+    config.eval.every_steps = 25
     config.eval.shown_prompts = 3
-    config.checkpoint.every_steps = 25
+    config.checkpoint.every_steps = 10
     config.log.samples_per_step = 3
     return config

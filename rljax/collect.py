@@ -37,13 +37,13 @@ def collect(
         done = complete(
             stage.session,
             stage.generate,
-            state.params["policy"],
+            stage.sampling_policy(state),
             prompts,
             rows,
             stage.runner,
             key,
             int(state.step),
-            model_reward=_model_reward(stage),
+            model_reward=model_reward(stage),
         )
         if not mixed:
             return done, position, row_metrics([done], r.group_size)
@@ -58,8 +58,8 @@ def collect(
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
 
 
-def _model_reward(stage: Stage) -> ModelReward | None:
-    """The frozen reward model's score of every row of a rollout, [b]."""
+def model_reward(stage: Stage) -> ModelReward | None:
+    """The stage's frozen reward model; None where it has none."""
     if "reward_model" not in stage.frozen:
         return None
 
@@ -81,14 +81,14 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     fill = [(0, g) for g in range(wanted) if (0, g) not in kept][: wanted - len(kept)]
     picks = [(n, g * size + i) for n, g in [*kept, *fill] for i in range(size)]
 
-    def pick(*arrays: np.ndarray) -> np.ndarray:
+    def pick(*arrays: Any) -> np.ndarray:
         return np.stack([arrays[n][i] for n, i in picks])
 
     columns: Any = [pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)]
     host: Any = Rollout(*columns)
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
-    first = rounds[0]
+    parts = dict.fromkeys(name for done in rounds for name in done.parts)
     where = {pair: k for k, pair in enumerate(picks[: len(kept) * size])}
     mine = [(n, i, where[n, i]) for n, done in enumerate(rounds) for i in done.samples if (n, i) in where]
     return Completions(
@@ -97,8 +97,8 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
         rows=[rounds[n].rows[i] for n, i in picks],
         rewards=pick(*(done.rewards for done in rounds)),
         correct=pick(*(done.correct for done in rounds)),
-        parts={name: pick(*(done.parts[name] for done in rounds)) for name in first.parts},
-        dense=None if first.dense is None else pick(*(done.dense for done in rounds if done.dense is not None)),
+        parts={name: pick(*(done.part(name) for done in rounds)) for name in parts},
+        dense=pick(*(done.dense for done in rounds)) if rounds[0].dense is not None else None,
         failures=sum(done.failures for done in rounds),
         samples={k: rounds[n].samples[i] for n, i, k in mine},
         answers={k: rounds[n].answers[i] for n, i, k in mine},

@@ -1,11 +1,13 @@
 """What reinforcement learning did to the text: KL, likelihood under the untouched model, variety, best-of-n.
 
 python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
+
+Several folders, ``--model=A --model=B``, are compared with the same start: a frontier of reward and KL.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
 from rljax.forward import make_score
 from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
-from rljax.models.hf_import import load_params
+from rljax.models.hf_import import find_params, load_params
 from rljax.rewards.estimates import best_of_n, bootstrap_interval
 from rljax.rewards.runner import RewardRunner
 from rljax.rewards.text import distinct_n
@@ -25,17 +27,26 @@ from rljax.session import EVAL_KEY, Session, open_session, start_devices
 from rljax.setup import make_runner, split_rows
 from rljax.sharding import gather
 
+Report = dict[str, Any]
+
 BEST_OF = (1, 2, 4, 8, 16)
 PROMPTS, SAMPLES = 64, 16
+# When a reward that rose counts: the text is still the start's own kind, and it beats picking the best of four.
+BOUNDS: dict[str, Callable[[Report, Report], bool]] = {
+    "kl_per_completion": lambda start, policy: policy["kl_per_completion"] <= 8,
+    "nll": lambda start, policy: policy["nll"] <= start["nll"] + 0.3,
+    "distinct_4": lambda start, policy: abs(policy["distinct_4"] - start["distinct_4"]) <= 0.2 * start["distinct_4"],
+    "length": lambda start, policy: abs(policy["length"] - start["length"]) <= 0.2 * start["length"],
+    "reward": lambda start, policy: policy["reward"] >= start["best_of"]["4"],
+}
 
 
-def measure_drift(
-    session: Session, policy: Params, base: Params, source: PromptSource, runner: RewardRunner
-) -> dict[str, Any]:
-    """Both models complete the same held-out prompts, SAMPLES times each, as training samples; then they are compared.
+def measure_drift(session: Session, folders: Sequence[str], source: PromptSource, runner: RewardRunner) -> Report:
+    """The config's own start and the policies in ``folders`` complete the same prompts, SAMPLES times each.
 
     ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
-    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples.
+    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``: which
+    BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
     generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
@@ -44,19 +55,26 @@ def measure_drift(
     prompts = repeat_prompts(prompts, SAMPLES)
     rows = [row for row in rows for _ in range(SAMPLES)]
     score = make_score(session.forward(sampling), prompts.tokens.shape[1], SAMPLES)
-    report: dict[str, Any] = {"prompts": count, "samples": SAMPLES, "temperature": sampling.temperature}
-    for name, params in (("base", base), ("policy", policy)):
-        done = complete(session, generate, params, prompts, rows, runner, session.key(EVAL_KEY), 0)
+    base = session.base_params()
+
+    def described(policy: Params) -> Report:
+        done = complete(session, generate, policy, prompts, rows, runner, session.key(EVAL_KEY), 0)
         r = done.rollout
         under_base = gather(score(base, {"tokens": r.tokens, "valid": r.valid, "support": r.support}))
-        report[name] = _describe(done, under_base, count)
-    rewards = report["base"].pop("rewards")
-    report["policy"].pop("rewards")
-    report["base"]["best_of"] = {str(n): float(np.mean([best_of_n(row, n) for row in rewards])) for n in BEST_OF}
+        return _describe(done, under_base, count)
+
+    start = described(base)
+    rewards = start.pop("rewards")
+    start["best_of"] = {str(n): float(np.mean([best_of_n(row, n) for row in rewards])) for n in BEST_OF}
+    report = {"prompts": count, "samples": SAMPLES, "temperature": sampling.temperature, "base": start}
+    for folder in folders:
+        policy = described(load_params(folder, session.model, session.train, dtype=session.param_dtype))
+        policy.pop("rewards")
+        report[folder] = policy | {"holds": {name: bool(holds(start, policy)) for name, holds in BOUNDS.items()}}
     return report
 
 
-def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> dict[str, Any]:
+def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> Report:
     mask = done.host.loss_mask
     base_sums = np.where(mask, under_base, 0).sum(axis=1)
     gaps = done.host.behavior_logprobs.sum(axis=1) - base_sums
@@ -65,7 +83,7 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> dict[s
         "rewards": done.rewards.reshape(prompts, -1),
         "reward": float(done.rewards.mean()),
         "reward_interval": list(interval),
-        "parts": {name: float(values.mean()) for name, values in done.parts.items()},
+        "parts": {name: float(np.nanmean(values)) for name, values in done.parts.items()},
         "kl_per_completion": float(gaps.mean()),
         "nll": float(-base_sums.sum() / mask.sum()),
         "distinct_4": distinct_n([sample.completion for sample in done.samples.values()], 4),
@@ -76,17 +94,17 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report of a trained model folder against the config's own start, as JSON."""
+    """Print the report of trained model folders against the config's own start, as JSON."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     folders = [text.partition("=")[2] for text in arguments if text.startswith("--model=")]
     try:
-        if len(folders) != 1:
+        if not folders:
             raise ValueError("give the trained policy's folder as --model=runs/NAME/model")
         config = parse([text for text in arguments if not text.startswith("--model=")]).config
         start_devices(config)
         session = open_session(config)
-        base = session.base_params()
-        policy = load_params(folders[0], session.model, session.train, dtype=session.param_dtype)
+        for folder in folders:
+            find_params(folder, session.model)
         rows = split_rows(config.data, "test")
         source = PromptSource(rows, session.tokenizer, config.data.prompt_lengths, config.data.seed, shuffle=False)
         runner = make_runner(config)
@@ -96,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     with runner:
-        print(json.dumps(measure_drift(session, policy, base, source, runner), indent=2, ensure_ascii=False))
+        print(json.dumps(measure_drift(session, folders, source, runner), indent=2, ensure_ascii=False))
     return 0
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, PromptSource, repeat_prompts
-from rljax.rewards.estimates import bootstrap_interval, pass_at_k
+from rljax.rewards.estimates import bootstrap_interval, maj_at_k, pass_at_k, rerank_at_k
 from rljax.rewards.runner import RewardRunner
-from rljax.rollouts import Completions, complete
+from rljax.rollouts import Completions, ModelReward, complete
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session
 from rljax.sharding import agree_text
@@ -33,12 +33,19 @@ class Evaluator:
         shards = max(session.train.data_shards, session.decode.data_shards)
         self._prompts_per_batch = -(-min(config.eval.prompts_per_batch, len(self.source)) // shards) * shards
 
-    def run(self, params: Any, version: int) -> tuple[dict[str, float], list[Completions]]:
-        """Metrics of the split, and the completions behind them. Every process gets the same numbers."""
+    def run(
+        self, params: Any, version: int, ranker: ModelReward | None = None
+    ) -> tuple[dict[str, float], list[Completions]]:
+        """Metrics of the split, and the completions behind them. Every process gets the same numbers.
+
+        ``ranker`` is a reward model (of weight 0, so that no score depends on it) that picks among a prompt's samples.
+        """
         samples = self.session.config.eval.samples
         total = len(self.source)
         position = DataPosition()
         rewards, correct, lengths, finished, batches = [], [], [], [], []
+        answers: list[list[str | None]] = []
+        ranks = []
         for start in range(0, total, self._prompts_per_batch):
             count = min(self._prompts_per_batch, total - start)
             rows, prompts, position = self.source.take(position, count)
@@ -46,14 +53,19 @@ class Evaluator:
             rows = [row for row in rows for _ in range(samples)]
             rows += [{}] * (len(prompts.tokens) - len(rows))
             key = self.session.key(EVAL_KEY)
-            done = complete(self.session, self._generate, params, prompts, rows, self.runner, key, version)
+            done = complete(self.session, self._generate, params, prompts, rows, self.runner, key, version, ranker)
             batches.append(done)
             kept = slice(0, count * samples)
             rewards.append(done.rewards[kept].reshape(count, samples))
             correct.append(done.correct[kept].reshape(count, samples))
             lengths.append(done.lengths[kept])
+            if samples > 1:
+                given = all_answers(done)
+                answers += [given[i : i + samples] for i in range(0, count * samples, samples)]
+                ranks += [done.parts["model"][kept].reshape(count, samples)] if ranker is not None else []
             finished.append(done.finished[kept])
         metrics = score_metrics(np.concatenate(rewards), np.concatenate(correct))
+        metrics |= choice_metrics(np.concatenate(correct), answers, np.concatenate(ranks) if ranks else None)
         metrics |= {
             "completion_length": float(np.concatenate(lengths).mean()),
             "truncated": float(1 - np.concatenate(finished).mean()),
@@ -84,6 +96,29 @@ def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:
         metrics[f"pass_at_{k}"] = float(np.mean([pass_at_k(rewards.shape[1], int(c), k) for c in correct.sum(axis=1)]))
         k *= 2
     return metrics
+
+
+def choice_metrics(correct: np.ndarray, answers: list[list[str | None]], ranks: np.ndarray | None) -> dict[str, float]:
+    """One answer out of a problem's samples: by vote (maj@k, where samples state answers), by rank (rerank@k).
+
+    ``correct`` and ``ranks`` are [problems, samples]. Over all samples; how ties count is said in ``maj_at_k``.
+    """
+    if not answers or (correct < 0).any():
+        return {}
+    metrics, k = {}, correct.shape[1]
+    if any(answer is not None for given in answers for answer in given):
+        metrics[f"maj_at_{k}"] = float(np.mean([maj_at_k(*pair) for pair in zip(answers, correct == 1, strict=True)]))
+    if ranks is not None:
+        metrics[f"rerank_at_{k}"] = float(
+            np.mean([rerank_at_k(*pair) for pair in zip(ranks, correct == 1, strict=True)])
+        )
+    return metrics
+
+
+def all_answers(done: Completions) -> list[str | None]:
+    """What every row's reward took for its answer, from the process that owns the row; every process calls it."""
+    found = {int(i): answer for text in agree_text(json.dumps(done.answers)) for i, answer in json.loads(text).items()}
+    return [found.get(i) for i in range(len(done.rows))]
 
 
 def _filled(prompts: PromptBatch, rows: int, width: int) -> PromptBatch:
@@ -123,6 +158,6 @@ def sample_record(done: Completions, i: int) -> dict[str, Any]:
         "reward": float(done.rewards[i]),
         "correct": None if done.correct[i] < 0 else bool(done.correct[i]),
         "answer": done.answers[i],
-        "parts": {name: float(values[i]) for name, values in done.parts.items()},
+        "parts": {name: float(values[i]) for name, values in done.parts.items() if not np.isnan(values[i])},
         "token_ids": list(sample.token_ids),
     }

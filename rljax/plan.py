@@ -56,15 +56,15 @@ def print_config(config: Config) -> None:
 def dry_run(session: Session) -> None:
     """Print the plan. Loads data, tokenizer and shapes; makes no weights, no folder, no program. Raises PlanError."""
     config = session.config
-    sources, _, runner, evaluators = open_inputs(session)
+    sources, _, runner, evaluators, comparisons = open_inputs(session)
     if runner is not None:
         runner.close()
     train, decode = (dict(layout.mesh.shape) for layout in (session.train, session.decode))
     kind = session.train.mesh.devices.flat[0].device_kind
     print(f"model: {parameter_count(session.model):,} parameters, {session.model.config}")
     print(f"mesh: training {train}, rollouts {decode}, {session.train.mesh.size} devices ({kind})")
-    for split, evaluator in evaluators.items():
-        print(f"{split}: {evaluator.source.kept}")
+    for split, source in ({split: e.source for split, e in evaluators.items()} | comparisons).items():
+        print(f"{split}: {source.kept}")
     ends = (f"{i} {session.tokenizer.hf.convert_ids_to_tokens(i)!r}" for i in session.tokenizer.end_ids)
     print(f"end tokens: {', '.join(ends)}")
     plans = []

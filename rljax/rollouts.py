@@ -1,5 +1,6 @@
 """From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,13 +12,16 @@ from jaxtyping import PRNGKeyArray
 
 from rljax.data.batches import PromptBatch
 from rljax.rewards.base import Sample
-from rljax.rewards.runner import RewardRunner
+from rljax.rewards.runner import RewardRunner, Scored
 from rljax.sampler import Generate
 from rljax.session import Session
-from rljax.sharding import agree, gather, owned_rows, to_global
+from rljax.sharding import agree, agree_text, gather, owned_rows, to_global
 from rljax.types import FINISH_END, Prompts, Rollout
 
 Row = dict[str, Any]
+
+# Room for the names of rewards' parts where processes exchange them.
+PART_NAMES_CHARS = 4000
 
 
 class Completions(NamedTuple):
@@ -28,7 +32,7 @@ class Completions(NamedTuple):
     rows: list[Row]
     rewards: np.ndarray  # [b]
     correct: np.ndarray  # [b] 1 right, 0 wrong, -1 nobody judges
-    parts: dict[str, np.ndarray]  # each reward's own value, [b]
+    parts: dict[str, np.ndarray]  # each reward's own value, and its parts as name/part, nan where it has none; [b]
     dense: np.ndarray | None  # [b, t] what rewards gave to single tokens; None where none did
     failures: int
     samples: dict[int, Sample]  # this process's rows by number
@@ -39,6 +43,10 @@ class Completions(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         return self.host.loss_mask.sum(axis=1)
+
+    def part(self, name: str) -> np.ndarray:
+        """One of ``parts``; nan for one that no reward of these rows has."""
+        return self.parts.get(name, np.full(len(self.rows), np.nan))
 
     @property
     def finished(self) -> np.ndarray:
@@ -72,21 +80,18 @@ def complete(
     middle = time.perf_counter()
     mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
     samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
-    names = runner.names if runner is not None else []
-    values = np.zeros((2 + len(names) + 1, len(rows)))
+    values = np.zeros((3, len(rows)))
     values[1, mine] = -1
+    parts: dict[str, np.ndarray] = {}
     answers: dict[int, str | None] = dict.fromkeys(samples)
     if runner is not None:
         scored = runner.score(list(samples.values()))
         values[0, mine] = scored.values
         values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
-        for k, name in enumerate(names):
-            values[2 + k, mine] = [parts[name] for parts in scored.parts]
-        np.add.at(values[-1], mine[[f.index for f in scored.failures]], 1)
+        np.add.at(values[2], mine[[f.index for f in scored.failures]], 1)
+        parts = _parts(runner, scored, mine, len(rows))
         answers = dict(zip(samples, scored.answers, strict=True))
-    # Exactly one process owns a row; the others hold zeros, so the sum is the owner's value to the last bit.
-    values = agree(values, lambda stacked: stacked.sum(axis=0))
-    parts = {name: values[2 + k] for k, name in enumerate(names)}
+    values = _owners(values)
     if model_reward is not None:
         parts["model"] = gather(model_reward.scores(rollout)).astype(float)
         values[0] += model_reward.weight * parts["model"]
@@ -98,12 +103,30 @@ def complete(
         correct=values[1].astype(int),
         parts=parts,
         dense=None,
-        failures=int(values[-1].sum()),
+        failures=int(values[2].sum()),
         samples=samples,
         answers=answers,
         rollout_s=middle - start,
         reward_s=time.perf_counter() - middle,
     )
+
+
+def _owners(values: np.ndarray) -> np.ndarray:
+    """Exactly one process owns a row; the others hold zeros, so the sum is the owner's value to the last bit."""
+    return agree(values, lambda stacked: stacked.sum(axis=0))
+
+
+def _parts(runner: RewardRunner, scored: Scored, mine: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+    """Completions.parts: of this process's rows ``mine``, and through their owners of all others."""
+    own = json.dumps(sorted({name for parts in scored.parts for name in parts}))
+    # Of one width: the exchange of a longer text would be another program.
+    names = dict.fromkeys(name for text in agree_text(own.ljust(PART_NAMES_CHARS)) for name in json.loads(text))
+    found = {}
+    for name in dict.fromkeys((*runner.names, *names)):
+        values = np.zeros(rows)
+        values[mine] = [parts.get(name, np.nan) for parts in scored.parts]
+        found[name] = _owners(values)
+    return found
 
 
 def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
@@ -141,8 +164,9 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
         "rollout/decode_steps": sum(steps),
         "rollout/occupied_slot_share": lengths.sum() / max(slots, 1),
     }
-    for name in rounds[0].parts:
-        metrics[f"train/reward/{name}"] = np.concatenate([done.parts[name] for done in rounds]).mean()
+    for name in dict.fromkeys(name for done in rounds for name in done.parts):
+        values = np.concatenate([done.part(name) for done in rounds])
+        metrics[f"train/reward/{name}"] = values[~np.isnan(values)].mean()
     if (correct >= 0).all():
         right, groups = correct == 1, (correct == 1).reshape(-1, group_size)
         metrics["train/correct"] = right.mean()

@@ -11,19 +11,21 @@ import numpy as np
 from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
-from rljax.data.batches import DataPosition, PromptSource, SupervisedSource
+from rljax.data.batches import DataPosition, SupervisedSource
 from rljax.data.overlap import count_overlap
 from rljax.evaluate import Evaluator, show
+from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
-from rljax.models.hf_import import load_params
+from rljax.models.hf_import import find_params, load_params
 from rljax.rewards.runner import RewardRunner
+from rljax.rollouts import ModelReward
 from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
 from rljax.sharding import agree
-from rljax.stages import build_stage
+from rljax.stages import build_stage, frozen_sources
 
 
 @dataclass
@@ -39,10 +41,12 @@ class Progress:
     episodes: int = 0
     tokens: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # the latest of each split
+    selected: dict[str, str] = field(default_factory=dict)  # hash of the rows that a stage on samples began with
 
     def to_json(self) -> dict[str, Any]:
         # Copies: a checkpoint is written in the background.
-        return {**vars(self), "data": list(self.data), "scores": dict(self.scores)}
+        copies = {"data": list(self.data), "scores": dict(self.scores), "selected": dict(self.selected)}
+        return {**vars(self), **copies}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
@@ -59,13 +63,16 @@ class Run:
     checkpoints: Checkpointer
     preemption: Preemption
     compiles: CompileCounter
-    sources: list[PromptSource | SupervisedSource]  # by stage
+    sources: list[Any]  # by stage; None until an earlier stage has sampled its rows
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     evaluators: dict[str, Evaluator]
+    comparisons: dict[str, Any]  # held-out rows of the main stage, by split
     progress: Progress
     open_things: ExitStack
     trees: dict[str, Params] | None = None  # what the last stage trained, when it is done
     traces: bool = False  # a profile is being taken
+    preference_evaluators: dict[str, PreferenceEvaluator] = field(default_factory=dict)  # once the main stage is open
+    best_of_n: dict[str, BestOfN] = field(default_factory=dict)
 
     def __enter__(self) -> "Run":
         return self
@@ -115,15 +122,23 @@ class Run:
 
     # -- evaluation
 
-    def evaluate(self, split: str, trees: dict[str, Params]) -> None:
-        evaluator = self.evaluators.get(split)
-        if evaluator is None or "policy" not in trees:
+    def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
+        metrics: dict[str, float] = {}
+        shown: list[dict[str, Any]] = []
+        if split in self.preference_evaluators and self.preference_evaluators[split].tree in trees:
+            metrics |= self.preference_evaluators[split].run(trees)
+        if split in self.best_of_n and "reward_model" in trees:
+            metrics |= self.best_of_n[split].run(trees["reward_model"])
+        if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
+            found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
+            metrics |= found
+            shown = show(batches, self.config.eval.shown_prompts)
+        if not metrics:
             return
-        metrics, batches = evaluator.run(trees["policy"], self.progress.step)
-        self.progress.scores[split] = metrics["score"]
+        if "score" in metrics:
+            self.progress.scores[split] = metrics["score"]
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})
-        shown = show(batches, self.config.eval.shown_prompts)
         self.writer.write_samples(self.progress.step, split, shown)
 
 
@@ -131,7 +146,8 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
     """Data, rewards, folder and checkpoints of a run, all checked; nothing is compiled yet. Raises ValueError."""
     config = session.config
     session.check_weights()
-    sources, texts, runner, evaluators = open_inputs(session)
+    _check_folders(session)
+    sources, texts, runner, evaluators, comparisons = open_inputs(session)
     with ExitStack() as stack:
         if runner is not None:
             stack.enter_context(runner)
@@ -160,7 +176,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         if not resumes:
-            _report_data(writer, sources, evaluators)
+            _report_data(writer, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
         return Run(
             session=session,
             runner=runner,
@@ -171,12 +187,26 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
             sources=sources,
             texts=texts,
             evaluators=evaluators,
+            comparisons=comparisons,
             progress=progress,
             open_things=stack.pop_all(),
         )
 
 
-def _check_disk(session: Session, sources: list[PromptSource | SupervisedSource]) -> None:
+def _check_folders(session: Session) -> None:
+    """That every model folder which a stage names is whole and has the head it needs. Raises ModelFolderError."""
+    for name in session.config.recipe:
+        stage = session.config.stage(name)
+        algorithm = stage.algorithm()
+        named = [(source, role == "reward_model") for role, source in frozen_sources(stage, algorithm).items()]
+        if set(algorithm.trains) - {"policy"}:
+            named.append((stage.critic.init_from, True))
+        for source, is_scalar in named:
+            if source not in ("start", "base", "policy", *session.config.recipe):
+                find_params(source, session.scalar_model(source) if is_scalar else session.model_from(source))
+
+
+def _check_disk(session: Session, sources: list[Any]) -> None:
     """Room for what the run keeps: the newest and best checkpoints, one being written, stages' weights, the model.
 
     A run that goes on has most of that already. Raises RunFolderError.
@@ -189,7 +219,8 @@ def _check_disk(session: Session, sources: list[PromptSource | SupervisedSource]
     kept = 1 if (folder / "checkpoints").exists() else config.checkpoint.keep + int(config.checkpoint.keep_best) + 1
     states = kept * max(_bytes(stage.abstract_saved()) for stage in stages)
     weights = sum(_bytes(session.abstract_tree(model)) for stage in stages for model in stage.trees.values())
-    weights += int(config.checkpoint.export) * _bytes(session.abstract_policy())
+    exported = {tree: model for stage in stages for tree, model in stage.trees.items() if tree != "critic"}
+    weights += int(config.checkpoint.export) * sum(_bytes(session.abstract_tree(m)) for m in exported.values())
     check_space(next(place for place in (folder, *folder.parents) if place.exists()), states + weights)
 
 
@@ -197,15 +228,15 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _report_data(writer: MetricsWriter, sources: list, evaluators: dict[str, Evaluator]) -> None:
+def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any]) -> None:
     """Count, before the run, what training and evaluation share, what stands twice and what did not fit."""
-    train = sources[-1]
-    found = {split: count_overlap(train.rows, e.source.rows) for split, e in evaluators.items()}
+    train = next(source for source in reversed(sources) if source is not None)
+    found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
     for split, overlap in found.items():
         if overlap.shared_ngrams:
             pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
             writer.say(f"warning: {split}: {overlap} (rows {pairs})")
-    for split, kept in (("train", train.kept), *((split, e.source.kept) for split, e in evaluators.items())):
+    for split, kept in (("train", train.kept), *((split, source.kept) for split, source in held_out.items())):
         if kept.dropped:
             writer.say(f"{split}: {kept}")
     writer.write(
@@ -221,32 +252,42 @@ def _report_data(writer: MetricsWriter, sources: list, evaluators: dict[str, Eva
 
 
 def finish(run: Run) -> None:
-    """Write the trained policy as a Hugging Face folder and say where everything is."""
+    """Write the trained policy and reward model as Hugging Face folders and say where everything is."""
     if run.progress.step < total_steps(run.config):
         return
-    session, tokenizer = run.session, run.session.tokenizer
-    trained = [name for name in run.config.recipe if "policy" in run.config.stage(name).algorithm().trains]
+    session = run.session
     run.checkpoints.wait()
-    if run.config.checkpoint.export and trained:
-        trees = run.trees if run.trees is not None and trained[-1] == run.config.recipe[-1] else None
-        params = trees["policy"] if trees is not None else run.load_policy(trained[-1])
-        ids = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": list(tokenizer.end_ids),
-            "pad_token_id": tokenizer.pad_id,
-        }
-        save_hf(session.folder / "model", session.model, params, tokenizer.hf, generation_config=ids)
+    if run.config.checkpoint.export:
+        _export(run, "policy", session.folder / "model")
+        _export(run, "reward_model", session.folder / "reward_model")
     run.writer.say(f"done: {run.progress.step} steps, {run.progress.episodes} episodes, {run.progress.tokens} tokens")
     for name, what in (
         ("metrics.jsonl", "one JSON object a line; docs/metrics.md explains the keys"),
         ("samples.jsonl", "what the policy wrote, before and after"),
         ("checkpoints", "the same command goes on from the newest"),
         ("model", "the trained policy; transformers loads it"),
+        ("reward_model", "the trained reward model, for transformers' sequence classification"),
     ):
         if (session.folder / name).exists():
             run.writer.say(f"  {session.folder / name}: {what}")
     # Who is through waits here for who still writes: the farewell of processes has a time limit.
     agree(np.asarray(0), np.max)
+
+
+def _export(run: Run, tree: str, folder: Any) -> None:
+    """The last stage's ``tree``, where the recipe trains one."""
+    session, tokenizer = run.session, run.session.tokenizer
+    trained = [name for name in run.config.recipe if tree in run.config.stage(name).algorithm().trains]
+    if not trained:
+        return
+    model = session.model if tree == "policy" else session.scalar_model(trained[-1])
+    trees = run.trees if run.trees is not None and trained[-1] == run.config.recipe[-1] else {}
+    if tree in trees:
+        params = trees[tree]
+    else:
+        params = run.load_policy(trained[-1]) if tree == "policy" else run.load_scalar(trained[-1], model)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids), "pad_token_id": tokenizer.pad_id}
+    save_hf(folder, model, params, tokenizer.hf, generation_config=ids)
 
 
 def total_steps(config: Config) -> int:

@@ -168,7 +168,7 @@ def check_space(folder: epath.PathLike, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise RunFolderError(
-            f"output_dir {folder} has {free / 2**30:.1f} GiB free and the run needs {needed_bytes / 2**30:.1f} GiB; "
+            f"output_dir {folder} has {free / 2**30:.3f} GiB free and the run needs {needed_bytes / 2**30:.3f} GiB; "
             "free some, keep fewer checkpoints or name another folder"
         )
 

@@ -8,7 +8,10 @@ from etils import epath
 
 from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
 from rljax.data.batches import PromptSource, SupervisedSource, prompt_of
+from rljax.data.preferences import PreferenceSource, held_out_by_prompt, is_comparison, rows_of_split
 from rljax.data.rows import GENERATED, Row, load_rows
+from rljax.data.select import labelled
+from rljax.data.steps import StepSource
 from rljax.evaluate import Evaluator
 from rljax.metrics import MetricsWriter
 from rljax.rewards import load_reward
@@ -20,16 +23,18 @@ from rljax.session import Session
 class Inputs(NamedTuple):
     """What a run reads and judges with."""
 
-    sources: list[PromptSource | SupervisedSource]  # by stage
+    sources: list[Any]  # by stage: prompts, text, comparisons or labelled steps; None: sampled by an earlier stage
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     runner: RewardRunner | None
     evaluators: dict[str, Evaluator]
+    comparisons: dict[str, Any]  # held-out rows of the main stage's kind, by split
 
 
 def open_inputs(session: Session) -> Inputs:
     """Data, rewards and evaluations of a run, tried on a row of each data set. Raises ValueError."""
     config = session.config
-    sources = [make_source(session, config.stage(name)) for name in config.recipe]
+    stages = [config.stage(name) for name in config.recipe]
+    sources = [None if stage.sampled_by else make_source(session, stage) for stage in stages]
     texts = [make_text_mix(session, config.stage(name)) for name in config.recipe]
     runner = make_runner(config)
     try:
@@ -41,7 +46,7 @@ def open_inputs(session: Session) -> Inputs:
         if runner is not None:
             runner.close()
         raise
-    return Inputs(sources, texts, runner, evaluators)
+    return Inputs(sources, texts, runner, evaluators, make_comparisons(session))
 
 
 def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSource]) -> None:
@@ -55,11 +60,17 @@ def _try_rewards(session: Session, runner: RewardRunner, sources: list[PromptSou
 
 def split_rows(data: DataConfig, split: str) -> list[Row]:
     """The rows of train, dev or test; [] for a split the config does not have. Raises DataError."""
+    if data.splits_by_prompt:
+        count = {"train": data.train_rows, "dev": data.dev_rows, "test": data.test_rows}[split]
+        rows = rows_of_split(_load(data, data.train, "train", 0), split, seed=data.seed)
+        return rows[:count] if count else rows
     held_out = 0 if data.dev else data.dev_rows
     if split == "train" or (split == "dev" and held_out):
         rows = _load(data, data.train, "train", data.train_rows and data.train_rows + held_out)
         if len(rows) <= held_out:
             raise ConfigError(f"config.data.dev_rows is {held_out} and {data.train} has {len(rows)} rows to train on")
+        if is_comparison(rows[0]):
+            return held_out_by_prompt(rows, held_out)[split == "dev"]
         return rows[: len(rows) - held_out] if split == "train" else rows[-held_out:]
     if split == "dev" and not data.dev:
         return []
@@ -76,12 +87,48 @@ def _load(data: DataConfig, source: str, split: str, count: int) -> list[Row]:
     return load_rows(source, split, columns=data.columns or None, options=options or None, limit=count or None)
 
 
-def make_source(session: Session, stage: StageConfig) -> PromptSource | SupervisedSource:
-    """A stage's training rows, as prompts for an online algorithm, as text for a supervised one."""
-    rows = split_rows(stage.data, "train")
-    if stage.is_online:
-        return PromptSource(rows, session.tokenizer, stage.data.prompt_lengths, stage.data.seed)
-    return SupervisedSource(rows, session.tokenizer, stage.data.row_length, stage.data.seed)
+def make_source(session: Session, stage: StageConfig, rows: list[Row] | None = None) -> Any:
+    """A stage's training rows, as prompts for an online algorithm, else as text, comparisons or labelled steps.
+
+    ``rows`` stand for those of ``data.train``.
+    """
+    rows = split_rows(stage.data, "train") if rows is None else rows
+    return prompt_source(session, stage.data, rows) if stage.is_online else _offline_source(session, stage, rows)
+
+
+def prompt_source(session: Session, data: DataConfig, rows: list[Row], *, shuffle: bool = True) -> PromptSource:
+    """Prompts to complete, behind the prefix that ``data`` gives them."""
+    rows = [labelled(row, data.prompt_prefix) for row in rows] if data.prompt_prefix else rows
+    return PromptSource(rows, session.tokenizer, data.prompt_lengths, data.seed, shuffle=shuffle)
+
+
+def _offline_source(session: Session, stage: StageConfig, rows: list[Row], *, shuffle: bool = True) -> Any:
+    data, algorithm, tokenizer = stage.data, stage.algorithm(), session.tokenizer
+    if algorithm.rows == "text":
+        return SupervisedSource(rows, tokenizer, data.row_length, data.seed, shuffle=shuffle)
+    if algorithm.rows == "steps":
+        return StepSource(rows, tokenizer, data.row_length, data.seed, shuffle=shuffle)
+    kind: Any = algorithm.rows
+    return PreferenceSource(
+        rows,
+        tokenizer,
+        data.row_length,
+        data.seed,
+        kind=kind,
+        unit=algorithm.unit,
+        shuffle=shuffle,
+        bad_rows=data.bad_rows,
+    )
+
+
+def make_comparisons(session: Session) -> dict[str, Any]:
+    """Held-out rows of the kind that the main stage trains on; none where it trains on text or on what it samples."""
+    config = session.config
+    if "main" not in config.recipe or config.is_online or config.algorithm().rows == "text":
+        return {}
+    found = {split: split_rows(config.data, split) for split in ("dev", "test")}
+    kept = {split: rows for split, rows in found.items() if rows and is_comparison(rows[0])}
+    return {split: _offline_source(session, config, rows, shuffle=False) for split, rows in kept.items()}
 
 
 def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | None:
@@ -113,9 +160,7 @@ def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, 
     data = session.config.data
     found = {split: split_rows(data, split) for split in ("dev", "test")}
     return {
-        split: Evaluator(
-            session, PromptSource(rows, session.tokenizer, data.prompt_lengths, data.seed, shuffle=False), runner, split
-        )
+        split: Evaluator(session, prompt_source(session, data, rows, shuffle=False), runner, split)
         for split, rows in found.items()
         if rows
     }

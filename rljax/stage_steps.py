@@ -30,6 +30,8 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
     _, rows, position = stage.source.take(position, stage.rows_per_step // stage.algorithm.unit)
     host = {name: array for name, array in rows._asdict().items() if name != "row_id"}
     batch = {name: to_global(array, layout) for name, array in host.items()}
+    if "ref_logprobs" in stage.algorithm.needs:
+        batch["ref_logprobs"] = stage.reference_logprobs(rows)
     tokens = int(rows.valid.sum())
     state, metrics = _update(stage, state, batch, 1, step)
     seconds = time.perf_counter() - start
@@ -40,6 +42,24 @@ def offline_step(stage: Stage, state: TrainState, position: DataPosition, step: 
         "speed/tokens_per_s": tokens / seconds,
     }
     return StepResult(state, position, metrics, None)
+
+
+def collect_step(stage: Stage, state: TrainState, position: DataPosition, step: int) -> StepResult:
+    """Sample and reward; nothing is trained."""
+    start = time.perf_counter()
+    done, position, metrics = collect(stage, state, position, step)
+    seconds, tokens = time.perf_counter() - start, int(done.host.valid.sum())
+    stage.last_head_from = done.host.tokens.shape[1] - stage.config.rollout.max_new_tokens
+    metrics |= {
+        "tokens": tokens,
+        "train/skipped": 0.0,
+        "time/rollout_s": done.rollout_s,
+        "time/reward_s": done.reward_s,
+        "time/step_s": seconds,
+        "speed/rollout_tokens_per_s": float(done.lengths.sum()) / done.rollout_s,
+        "speed/tokens_per_s": tokens / seconds,
+    }
+    return StepResult(state, position, metrics, done)
 
 
 def online_step(stage: Stage, state: TrainState, position: DataPosition, step: int) -> StepResult:

@@ -16,9 +16,11 @@ from rljax.forward import Forward, make_reward, make_score, make_teacher, make_v
 from rljax.models.decoder import Model, Params
 from rljax.models.params import param_shardings
 from rljax.optim import make_optimizer, make_schedule, state_shardings
+from rljax.reference import CachedLogprobs
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
 from rljax.session import Session
+from rljax.sharding import to_global
 from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
 
 # Frozen policies: what an algorithm needs of each.
@@ -41,6 +43,7 @@ class Stage:
     divergence: Callable
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
+    cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
     last_head_from: int = 1
     _programs: dict[Any, Any] = field(default_factory=dict)
 
@@ -97,6 +100,23 @@ class Stage:
         """The compute dtype; that of the master weights for a running mean, whose small moves would round away."""
         moves = name == "reference" and self.config.reference_ema
         return self.session.param_dtype if moves else self.session.dtype
+
+    @property
+    def caches_reference(self) -> bool:
+        """The reference stays and so do the rows: each is scored once, and the reference is let go."""
+        return not self.online and "ref_logprobs" in self.algorithm.needs and not self.moving_reference
+
+    def sampling_policy(self, state: TrainState) -> Params:
+        """The policy that is trained, or the frozen one of a stage that only samples."""
+        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"]
+
+    def reference_logprobs(self, rows: Any, split: str = "train") -> Any:
+        """The reference's log-probs of rows of comparisons: those kept, or those of the reference as it is now."""
+        layout = self.session.train.rows
+        if self.caches_reference:
+            return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
+        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        return self.program("score_reference", 1)(self.reference, batch)
 
     @property
     def moving_reference(self) -> bool:
@@ -214,6 +234,7 @@ def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
     """Where each frozen model of a stage comes from; "start" is what the stage starts from."""
     named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
     sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
+    sources |= {} if algorithm.trains else {"policy": "start"}
     return sources | ({"reward_model": config.reward_model_from} if config.reward_model_from else {})
 
 

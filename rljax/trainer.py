@@ -5,12 +5,15 @@ import time
 import jax
 import numpy as np
 
+from rljax.collect import model_reward
 from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
 from rljax.evaluate import sample_records
 from rljax.models.decoder import Params
+from rljax.offline import center_rewards, load_reference_caches, open_comparisons
 from rljax.run import Run, total_steps
-from rljax.stage_steps import StepResult, offline_step, online_step
+from rljax.samples import SampleWriter, open_source
+from rljax.stage_steps import StepResult, collect_step, offline_step, online_step
 from rljax.stages import Stage, build_stage, frozen_sources
 from rljax.steps import TrainState
 from rljax.usage import usage_metrics
@@ -34,30 +37,36 @@ def train(run: Run) -> None:
 
 def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[str, Params] | None:
     session, progress = run.session, run.progress
-    stage = build_stage(session, config, number, run.sources[number], run.runner, run.texts[number])
+    stage = build_stage(session, config, number, open_source(run, number), run.runner, run.texts[number])
     origin = _origin(run.config, number)
     if progress.stage == number and progress.stage_step > 0:
         state = _restore(run, stage, origin)
     else:
         progress.stage, progress.stage_step, progress.data = number, 0, DataPosition()
         trees = _starting_trees(run, stage, origin)
+        _freeze_models(run, stage, origin, trees.get("policy"))
+        open_comparisons(run, stage, origin, trees.get("policy"))
         if progress.step == 0:
             run.evaluate("test", trees)
             run.evaluate("dev", trees)
-        _freeze_models(run, stage, origin, trees.get("policy"))
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
+    samples = run.open_things.enter_context(SampleWriter(run, name))
+    frozen = model_reward(stage)
+    ranker = frozen and frozen._replace(weight=0.0)
     while progress.stage_step < config.steps:
-        state = _one_step(run, stage, state)
+        state = _one_step(run, stage, state, samples)
         last = progress.stage_step == config.steps
         leave = run.preemption.reached(progress.step)
         every = run.config.eval.every_steps
         evaluated = last or (every > 0 and progress.step % every == 0)
-        if evaluated:
-            run.evaluate("dev", state.params)
         if last:
-            run.evaluate("test", state.params)
+            state = center_rewards(run, stage, state)
+        if evaluated:
+            run.evaluate("dev", state.params, ranker)
+        if last:
+            run.evaluate("test", state.params, ranker)
             run.save_stage(name, state.params)
         score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
         run.writer.flush()
@@ -71,10 +80,11 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
     return state.params
 
 
-def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
+def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) -> TrainState:
     progress, before = run.progress, run.compiles.count
     _start_trace(run)
-    result = (online_step if stage.online else offline_step)(stage, state, progress.data, progress.stage_step)
+    step = offline_step if not stage.online else online_step if stage.algorithm.trains else collect_step
+    result = step(stage, state, progress.data, progress.stage_step)
     progress.step += 1
     progress.stage_step += 1
     progress.data = result.position
@@ -85,6 +95,7 @@ def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
     stage.update_reference(result.state, progress.stage_step)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
     _write_step_samples(run, result)
+    samples.write(progress.step, result.completions)
     _apply_limits(run, result.metrics)
     return result.state
 
@@ -92,8 +103,12 @@ def _one_step(run: Run, stage: Stage, state: TrainState) -> TrainState:
 def _count(run: Run, stage: Stage, result: StepResult) -> None:
     progress, metrics = run.progress, result.metrics
     rollout, rounds = stage.config.rollout, int(metrics.get("train/rounds", 1))
-    progress.prompts += rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step
-    progress.episodes += rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step
+    progress.prompts += (
+        rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step // stage.algorithm.unit
+    )
+    progress.episodes += (
+        rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step // stage.algorithm.unit
+    )
     progress.tokens += int(metrics.pop("tokens"))
     progress.bad_steps = progress.bad_steps + 1 if metrics["train/skipped"] else 0
     metrics |= {
@@ -164,6 +179,8 @@ def _starting_trees(run: Run, stage: Stage, origin: str) -> dict[str, Params]:
 def _freeze_models(run: Run, stage: Stage, origin: str, policy: Params | None) -> None:
     for name, named in frozen_sources(stage.config, stage.algorithm).items():
         source = origin if named == "start" else named
+        if name == "reference" and load_reference_caches(run, stage):
+            continue
         if name == "reward_model":
             stage.freeze(name, run.load_scalar(source, stage.forwards[name].model))
         elif policy is not None and source == origin:
@@ -178,6 +195,7 @@ def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     run.checkpoints.delete_after(run.progress.step)
     _freeze_models(run, stage, origin, None)
     state = stage.restored(saved)
+    open_comparisons(run, stage, origin, None)
     run.writer.event(
         run.progress.step, f"going on from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
     )

@@ -38,14 +38,18 @@ def peak_tflops(session: Session) -> float | None:
 
 
 def usage_metrics(session: Session, metrics: dict[str, float]) -> dict[str, float]:
-    """tokens/s a chip and MFU of the update, where the peak is known; peak memory where the device tells it."""
+    """tokens/s by phase and a chip; MFU of updates where the peak is known, peak memory where the device tells it."""
     chips = session.train.mesh.size
+    tokens = metrics["speed/tokens_per_s"] * metrics["time/step_s"]
     result = {"speed/tokens_per_s_per_chip": metrics["speed/tokens_per_s"] / chips}
+    for phase in ("score", "update"):
+        if metrics.get(f"time/{phase}_s"):
+            result[f"speed/{phase}_tokens_per_s"] = tokens / metrics[f"time/{phase}_s"]
     peak = peak_tflops(session)
-    if peak:
+    if peak and "time/update_s" in metrics:
         # forward and backward: three forward passes' worth
-        tokens_per_s = metrics["speed/tokens_per_s"] * metrics["time/step_s"] / metrics["time/update_s"]
-        result["speed/mfu"] = 3 * flops_per_token(session.model) * tokens_per_s / (chips * peak * 1e12)
+        flops_per_s = 3 * flops_per_token(session.model) * result["speed/update_tokens_per_s"]
+        result["speed/mfu"] = flops_per_s / (chips * peak * 1e12)
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         result["memory/peak_gib"] = stats["peak_bytes_in_use"] / 2**30

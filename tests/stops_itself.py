@@ -31,7 +31,7 @@ def half_a_line(lines: JsonLines, record: dict[str, Any]) -> None:
 
 def half_a_checkpoint(checkpointer: Checkpointer, step: int, *args: Any, **options: Any) -> bool:
     saved = save(checkpointer, step, *args, **options)
-    if step == STEP and (PLACE == "stage") == (checkpointer.folder.parent.name == "stages"):
+    if step == STEP and (PLACE == "stage") == (checkpointer.folder.parent.parent.name == "stages"):
         if PLACE == "stage":
             checkpointer.wait()
         kill()

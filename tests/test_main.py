@@ -182,7 +182,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(refused, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused(refused, monkeypatch):
     monkeypatch.setattr("rljax.runs.shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
-    assert "has 0.0 GiB free and the run needs" in refused()
+    assert "has 0.000 GiB free and the run needs" in refused()
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from rljax.checkpoint import CheckpointError
 from rljax.config import make_config
@@ -48,7 +49,8 @@ def resumed_at(log: Path) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(tiny_command(folder / "run", **EVERYTHING), folder / "log") == 0, (folder / "log").read_text()
+    command = tiny_command(folder / "run", profile_steps="6,7", **EVERYTHING)
+    assert run(command, folder / "log") == 0, (folder / "log").read_text()
     return folder / "run"
 
 
@@ -64,6 +66,27 @@ def asked_to_leave(tmp_path_factory) -> tuple[Path, str]:
     command = tiny_command(folder / "run", ("tests.stops_itself", "asked", "5"), **EVERYTHING)
     assert run(command, folder / "log") == 0, (folder / "log").read_text()
     return folder / "run", (folder / "log").read_text()
+
+
+def test_a_trace_of_the_steps_asked_for_opens(uninterrupted_folder):
+    (file,) = uninterrupted_folder.glob("trace/plugins/profile/*/*.xplane.pb")  # where xprof looks
+    events = [
+        event.name for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
+    ]
+    assert sum("online_step" in name for name in events) == 2
+
+
+def test_rates_by_phase_are_tokens_over_seconds(uninterrupted_folder):
+    steps = [record for record in lines(uninterrupted_folder) if "train/reward" in record]
+    assert len(steps) == 6
+    for r in steps:
+        tokens = r["speed/tokens_per_s"] * r["time/step_s"]
+        for phase in ("score", "update"):
+            np.testing.assert_allclose(r[f"speed/{phase}_tokens_per_s"] * r[f"time/{phase}_s"], tokens, rtol=1e-12)
+        sampled = r["speed/rollout_tokens_per_s"] * r["time/rollout_s"]
+        np.testing.assert_allclose(sampled, r["train/completion_length"] * 16, rtol=1e-12)  # 8 prompts x 2 samples
+        phases = sum(r[f"time/{phase}_s"] for phase in ("rollout", "reward", "score", "update"))
+        assert phases <= r["time/step_s"]
 
 
 def test_a_checkpoint_has_the_score_of_its_own_step_or_none(uninterrupted_folder):

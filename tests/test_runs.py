@@ -136,7 +136,7 @@ def test_versions_name_what_made_the_run():
 def test_space_is_checked_before_it_runs_out(tmp_path):
     check_space(tmp_path, 1)
     check_space("gs://bucket/run", 2**60)
-    with pytest.raises(RunFolderError, match=r"GiB free and the run needs 1073741824.0 GiB; free some"):
+    with pytest.raises(RunFolderError, match=r"GiB free and the run needs 1073741824.000 GiB; free some"):
         check_space(tmp_path, 2**60)
 
 

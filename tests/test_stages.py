@@ -23,7 +23,8 @@ NO_WEIGHTS = TrainState(np.int32(5), {"policy": {}}, (), ())
 
 
 def is_one(prompt: str, completion: str) -> Score:
-    return Score(10.0 if completion == "1" else 3.0, correct=completion == "1")
+    right = completion == "1"
+    return Score(10.0 if right else 3.0, correct=right, parts={"bonus": 7.0} if right else {})
 
 
 def scripted(stage: Stage, kinds: str) -> None:
@@ -86,6 +87,7 @@ def test_mixed_groups_are_kept_in_data_order_until_there_are_enough(mixing: Any)
     np.testing.assert_array_equal(done.correct, [1, 0] * 4)
     np.testing.assert_array_equal(done.rewards, [10, 3] * 4)
     np.testing.assert_array_equal(done.parts["reward"], done.rewards)
+    np.testing.assert_array_equal(done.parts["reward/bonus"], [7, np.nan] * 4)
     np.testing.assert_array_equal(np.asarray(done.rollout.tokens), done.host.tokens)
     np.testing.assert_array_equal(done.host.step_version, 5)
     assert done.host.loss_mask.sum(axis=1).tolist() == [2] * 8
@@ -102,6 +104,8 @@ def test_metrics_are_of_everything_that_was_sampled(mixing: Any) -> None:
     metrics = collect(mixing("anmm", 5), NO_WEIGHTS, DataPosition(), 0)[2]
     assert metrics["train/groups_all_right"] == metrics["train/groups_all_wrong"] == 1 / 4
     assert metrics["train/correct"] == 0.5 and metrics["train/reward"] == 6.5
+    assert metrics["train/reward/reward"] == 6.5
+    assert metrics["train/reward/reward/bonus"] == 7  # of the rows that have it
     assert metrics["train/completion_length"] == 2
     np.testing.assert_allclose(metrics["train/perplexity"], np.exp(0.5))
     assert metrics["rollout/decode_steps"] == 4  # two rounds of two

@@ -29,6 +29,9 @@ class Algorithm(NamedTuple):
     unit: consecutive rows that stay together through shuffles and cuts: a pair, a ranking.
     rows_per_prompt: rows that ``targets`` makes of a prompt; 0 is the whole group.
     rewarded: whether ``targets`` reads rewards.
+    rival_mixture: m, where the second half of a prompt's completions come from ``π^{1-m} ref^m`` and not from the
+        policy: 1 is the reference itself.
+    critic_outputs: numbers that a critic's head gives at a position.
     """
 
     needs: frozenset[str]
@@ -41,6 +44,8 @@ class Algorithm(NamedTuple):
     unit: int = 1
     rows_per_prompt: int = 0
     rewarded: bool = True
+    rival_mixture: float | None = None
+    critic_outputs: int = 1
 
 
 def no_state() -> tuple[()]:

@@ -25,8 +25,9 @@ def check(config: Config) -> None:
             f"config.eval.samples is {config.eval.samples} and eval.temperature 0, which makes them all alike; "
             "set one of them"
         )
-    for name in config.recipe:
+    for number, name in enumerate(config.recipe):
         _check_stage(config.stage(name), config.key_of(name))
+        _check_select(config, number)
         _check_shared(config, name)
     stages = [config.stage(name) for name in config.recipe]
     if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
@@ -55,6 +56,38 @@ def _check_recipe(config: Config) -> None:
                     f"{config.key_of(name)}.{key} is {value!r}; it is one of {', '.join((*others, *earlier))}: "
                     "a stage can only take over from one that the recipe runs before it"
                 )
+
+
+# What each rule of select makes, as algorithms name it.
+MAKES = {
+    "correct": "text",
+    "best": "text",
+    "returns": "text",
+    "pairs": "pairs",
+    "ranking": "ranked",
+    "verdicts": "labelled",
+}
+
+
+def _check_select(config: Config, number: int) -> None:
+    """A stage on what earlier stages sampled."""
+    name = config.recipe[number]
+    stage, where, earlier = config.stage(name), config.key_of(name), config.recipe[:number]
+    if not stage.sampled_by:
+        if stage.select.rule:
+            raise ConfigError(f"{where}.select.rule is not read: {where}.data.train is not rollouts:<stage>")
+        return
+    for other in stage.sampled_by:
+        if other not in earlier or not config.stage(other).is_online:
+            raise ConfigError(
+                f"{where}.data.train: {other!r} is no stage before this one that samples; there are "
+                f"{', '.join(n for n in earlier if config.stage(n).is_online) or 'none'}"
+            )
+    made, wanted = MAKES.get(stage.select.rule, "nothing"), stage.algorithm().rows
+    if made != wanted and not (stage.is_online and stage.select.rule):
+        raise ConfigError(f"{where}.select.rule {stage.select.rule!r} makes {made}, and {where}.algo takes {wanted}")
+    if stage.data.splits_by_prompt or (name == "main" and stage.data.dev_rows and not stage.data.dev):
+        raise ConfigError(f"{where}.data: nothing is held out of what a stage samples; name data.dev and data.test")
 
 
 def _check_shared(config: Config, name: str) -> None:
@@ -114,6 +147,8 @@ def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
         raise ConfigError(f"{where}.reward_model_from scores completions, and this stage samples none")
     if stage.text_mix.coef and not stage.text_mix.train:
         raise ConfigError(f"{where}.text_mix.train is not set; name the text that text_mix.coef mixes in")
+    if stage.critic.center_on and "reward_model" not in algorithm.trains:
+        raise ConfigError(f"{where}.critic.center_on sets a reward model's bias, and this stage trains none")
     if stage.text_mix.coef and "policy" not in algorithm.trains:
         raise ConfigError(f"{where}.text_mix.coef: this stage trains no policy")
 

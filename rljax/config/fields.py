@@ -66,7 +66,8 @@ class TokenizerConfig:
 class DataConfig:
     """Rows for training, for choosing a checkpoint (dev) and for the final word (test).
 
-    A source is a file, a folder with files named after their split, a Hub name, or a generated task.
+    A source is a file, a folder with files named after their split, a Hub name, a generated task, or, for training,
+    what earlier stages sampled: "rollouts:stage,stage", from which ``select`` makes rows.
     """
 
     train: str = ""  # source of the training rows
@@ -77,11 +78,38 @@ class DataConfig:
     test_rows: Count = 0  # how many to use; 0: all there are
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name to the source's: prompt, answer, solution, messages
+    )  # our name to the source's: prompt, answer, solution, messages, chosen, rejected, completions, scores, label
     options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
+    prompt_prefix: str = ""  # before every prompt that is completed, such as the label of a wanted return
     prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
     row_length: Positive = 512  # tokens of a supervised row: prompt and completion together
-    seed: Count = 0  # of the order
+    seed: Count = 0  # of the order, and of splits_by_prompt
+    splits_by_prompt: bool = False  # dev and test are tenths of the training source, by a hash of each row's prompt
+    bad_rows: Literal["error", "drop"] = "error"  # preference rows that prefer nothing: a sentence, or left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """What becomes of the samples of earlier stages, for a stage with ``data.train = "rollouts:stage,stage"``."""
+
+    rule: Literal["", "correct", "best", "returns", "pairs", "ranking", "verdicts"] = (
+        ""  # text: right samples, a group's best, or all under labels; pairs; rankings; verdicts: labelled answers
+    )
+    distinct: Literal["none", "text", "equations"] = "none"  # what makes two samples of a prompt one
+    per_prompt: Count = 0  # keep at most so many samples of a prompt; 0: all
+    other: Literal["random", "worst"] = "random"  # what a group's best is paired with
+    labels: tuple[str, ...] = ()  # before the prompt of a wrong and of a right sample, under the rule returns
+    gap: Literal["", "easy", "difficult"] = ""  # keep pairs whose scores differ by more than gap_threshold, or the rest
+    gap_threshold: float = 0.0  # of MPO's split (2403.19443)
+    also: str = ""  # source of further rows of that kind, as data.train
+
+    def __post_init__(self) -> None:
+        if (self.rule == "returns") != bool(self.labels) or len(set(self.labels)) != len(self.labels):
+            raise ValueError("select.labels takes two texts, of wrong and of right samples, under the rule returns")
+        if len(self.labels) not in (0, 2):
+            raise ValueError(f"select.labels has {len(self.labels)} texts; give that of wrong and of right samples")
+        if self.gap and self.rule not in ("", "pairs"):
+            raise ValueError(f"select.gap parts pairs, and the rule {self.rule} makes none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +154,8 @@ class CriticConfig:
 
     init_from: str = "policy"  # body and head: "policy" (its body, a new head) | an earlier stage | a folder
     seed: Count = 0  # of a new head
+    center_on: str = ""  # a reward model's mean score is 0 on: chosen (of its rows) | a source of text; default: as is
+    center_rows: Count = 0  # how many of those rows; 0: all there are
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))  # of a critic beside a policy
 
 
@@ -197,6 +227,7 @@ class StageConfig:
     text_mix: TextMixConfig = TextMixConfig()
     clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
     data: DataConfig = DataConfig()
+    select: SelectConfig = SelectConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     batch: BatchConfig = BatchConfig()
@@ -222,6 +253,12 @@ class StageConfig:
     def algorithm(self) -> Algorithm:
         module = next(module for module in ALGOS.values() if isinstance(self.algo, module.Config))
         return module.make(self.algo, group_size=self.rollout.group_size, max_new_tokens=self.rollout.max_new_tokens)
+
+    @property
+    def sampled_by(self) -> tuple[str, ...]:
+        """The earlier stages whose samples this one trains on; () where it has a source of its own."""
+        kind, colon, stages = self.data.train.partition("rollouts:")
+        return tuple(name.strip() for name in stages.split(",")) if colon and not kind else ()
 
     @property
     def is_online(self) -> bool:
@@ -267,7 +304,7 @@ class Config(StageConfig):
 # Changing these on a run that has begun would make it another run.
 _RUN_IDENTITY = ("seed", "recipe", "compute_dtype", "model.path", "model.architecture", "model.init_seed", "tokenizer")
 _STAGE_IDENTITY = (
-    *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "rollout"),
+    *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "select", "rollout"),
     *("reward.names", "reward.weights", "reward.failed_value", "reward.permute"),
     *("guide_from", "teacher_from", "teacher_top_k", "reward_model_from", "reward_model_weight"),
     *("critic.init_from", "critic.seed", "text_mix"),

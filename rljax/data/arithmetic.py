@@ -1,5 +1,6 @@
 """A reasoning task made on the spot: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,32 @@ def make_rows(
             solution = f"#{max(0, int(answer) + int(rng.integers(-2, 3)))}"
         rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}
     return list(rows.values())
+
+
+def make_pairs(*, split: str, count: int = 1000, seed: int = 0, difficulty: int = 2) -> list[dict[str, Any]]:
+    """Problems with a right solution and one that its verifier calls wrong: ``prompt, chosen, rejected``.
+
+    The wrong one makes a mistake of 1 to 3 in one of its steps and goes on from there, so both are equally worked out.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rows = make_rows(split=split, count=count, seed=seed, difficulty=difficulty)
+    wrong = [_with_mistake(row["prompt"], rng) for row in rows]
+    return [
+        {"prompt": row["prompt"], "chosen": row["solution"], "rejected": text, "answer": row["answer"]}
+        for row, text in zip(rows, wrong, strict=True)
+    ]
+
+
+def _with_mistake(prompt: str, rng: np.random.Generator) -> str:
+    terms = [int(term) for term in re.findall(r"-?\d+", prompt)]
+    at, slip = int(rng.integers(1, len(terms))), int(rng.integers(1, 4))
+    total, steps = terms[0], []
+    for place, term in enumerate(terms[1:], start=1):
+        before, total = total, total + term
+        if place == at:
+            total += slip if total < slip or rng.random() < 0.5 else -slip
+        steps.append(f"{before}{term:+d}={total};")
+    return "".join(steps) + f"#{total}"
 
 
 def _draw_terms(rng: np.random.Generator, operands: int, largest: int) -> list[int]:

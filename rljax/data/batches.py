@@ -92,7 +92,7 @@ class PromptSource:
         encoded = [
             np.asarray(encode_row(i, tokenizer.render, prompt_of(row, i)), np.int32) for i, row in enumerate(rows)
         ]
-        chosen, self.kept = _within([len(ids) for ids in encoded], self.prompt_lengths[-1], too_long)
+        chosen, self.kept = within([len(ids) for ids in encoded], self.prompt_lengths[-1], too_long)
         self.rows = [rows[i] for i in chosen]
         self.prompt_ids = np.asarray(chosen, np.int32)
         self._encoded = [encoded[i] for i in chosen]
@@ -146,7 +146,7 @@ class SupervisedSource:
     ):
         self.length, self.seed, self.shuffle, self.pad_id = length, seed, shuffle, tokenizer.pad_id
         encoded = [_supervised(row, number, tokenizer, completion_column) for number, row in enumerate(rows)]
-        chosen, self.kept = _within([len(ids) for ids, _ in encoded], length, too_long)
+        chosen, self.kept = within([len(ids) for ids, _ in encoded], length, too_long)
         self.rows = [rows[i] for i in chosen]
         self.row_ids = np.asarray(chosen, np.int32)
         self._encoded = [encoded[i] for i in chosen]
@@ -212,7 +212,7 @@ def _supervised(row: Row, number: int, tokenizer: Tokenizer, completion_column: 
     )
 
 
-def _within(lengths: Sequence[int], limit: int, too_long: TooLong) -> tuple[list[int], Kept]:
+def within(lengths: Sequence[int], limit: int, too_long: TooLong) -> tuple[list[int], Kept]:
     """The numbers of the rows that fit."""
     chosen = [i for i, length in enumerate(lengths) if length <= limit]
     kept = Kept(len(chosen), len(lengths) - len(chosen), max(lengths, default=0), limit)

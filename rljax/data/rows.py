@@ -19,6 +19,7 @@ Row = dict[str, Any]
 # Tasks made on the spot: make_rows(split=..., **options) -> rows.
 GENERATED: dict[str, Callable[..., list[Row]]] = {
     "arithmetic": arithmetic.make_rows,
+    "arithmetic_pairs": arithmetic.make_pairs,
     "countdown": countdown.make_rows,
     "stories": stories.make_rows,
 }

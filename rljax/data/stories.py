@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -42,27 +43,30 @@ def make_rows(
     max_prompt_chars: int = 200,
     min_occurrences: int = 20,
     words_from: str = "continuation",
+    min_sentences: int = 0,
     keep_space: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows ``prompt`` (a story's opening), ``words`` (required), ``continuation`` (the real one) and ``dataset``.
+    """Rows ``prompt`` (a story's opening), ``words`` and ``sentences`` (required), ``continuation`` and ``dataset``.
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
-    are the opening's own that it uses most, which a story that keeps to its subject takes up again. With
-    ``keep_space`` the white space behind the opening is part of the prompt: tinystories656K has tokens that end in a
-    space and takes an opening without it for a finished story. A story's first sentence decides its split, so no story
-    and no prompt is in two. ``count`` rows in an order of the seed, or all. Raises ValueError.
+    are the opening's own that it uses most, which a story that keeps to its subject takes up again, with "hero" its
+    names, which a story that keeps its hero says again. With ``keep_space`` the white space behind the opening is part
+    of the prompt: tinystories656K has tokens that end in a space and takes an opening without it for a finished story.
+    A story's first sentence decides its split, so no story and no prompt is in two. ``count`` rows in an order of the
+    seed, or all. Raises ValueError.
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
-    if words_from not in ("continuation", "opening"):
-        raise ValueError(f"stories take words_from the continuation or the opening, not {words_from!r}")
+    if words_from not in ("continuation", "opening", "hero"):
+        raise ValueError(f"stories take words_from the continuation, the opening or the hero, not {words_from!r}")
     stories: dict[str, None] = {}
     for file in (epath.Path(name).expanduser() for name in path.split(",")):
         if not file.exists():
             raise ValueError(f"story file {file} does not exist; give the path of a TinyStories text")
         stories |= dict.fromkeys(split_stories(file.read_text()))
-    occurrences = Counter(word for story in stories for word in content_words(story))
+    words_in = names_finder(stories) if words_from == "hero" else content_words
+    occurrences = Counter(word for story in stories for word in words_in(story))
     known = {word for word, n in occurrences.items() if n >= min_occurrences}
     rows: dict[str, dict[str, Any]] = {}
     for story in stories:
@@ -71,20 +75,24 @@ def make_rows(
             continue
         end = cut[opening_sentences - 1]
         prompt, continuation = story[:end], story[end:]
-        opening = set(content_words(prompt))
-        told = dict.fromkeys(content_words(continuation))
-        candidates = [w for w in told if w in known and (w in opening) == (words_from == "opening")]
+        opening, told = set(words_in(prompt)), Counter(words_in(continuation))
+        candidates = [w for w in told if w in known and (w in opening) == (words_from != "continuation")]
         if prompt in rows or len(prompt) > max_prompt_chars or len(candidates) < words:
             continue  # many stories open alike: a prompt is asked once
-        if words_from == "opening":
-            told_often = Counter(content_words(continuation))
-            required = sorted(candidates, key=lambda word: -told_often[word])[:words]  # the story's subject first
-        else:
+        if words_from == "continuation":
             chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
             required = [candidates[i] for i in sorted(chosen)]
+        else:
+            required = sorted(candidates, key=lambda word: -told[word])[:words]  # the story's subject first
         if keep_space:
             end += len(continuation) - len(continuation.lstrip())
-        rows[prompt] = {"prompt": story[:end], "words": required, "continuation": story[end:], "dataset": "stories"}
+        rows[prompt] = {
+            "prompt": story[:end],
+            "words": required,
+            "sentences": min_sentences,
+            "continuation": story[end:],
+            "dataset": "stories",
+        }
     if count is not None and count > len(rows):
         raise ValueError(f"{path} gives {len(rows)} story prompts in split {split!r}, not {count}; ask for fewer")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
@@ -100,3 +108,16 @@ def sentence_ends(text: str) -> list[int]:
 def content_words(text: str) -> list[str]:
     """The lower-case words of four letters or more that mean something, in order; capitalised names are left out."""
     return [word for word in re.findall(r"(?<![\w'’])[a-z]{4,}(?![\w'’])", text) if word not in STOP_WORDS]
+
+
+def names_finder(stories: Iterable[str]) -> Callable[[str], list[str]]:
+    """A function that gives the proper names of a text in order.
+
+    Names are learnt from the stories: capitalised within a sentence, and hardly ever (one time in 20) written small.
+    """
+    capitalised, small = Counter[str](), Counter[str]()
+    for story in stories:
+        capitalised.update(re.findall(r"(?<=[\w,;] )[A-Z][a-z]{2,}", story))
+        small.update(re.findall(r"(?<![\w'’])[a-z]{3,}", story))
+    names = {word for word, n in capitalised.items() if 20 * small[word.lower()] < n}
+    return lambda text: [word for word in re.findall(r"(?<![\w'’])[A-Z][a-z]{2,}", text) if word in names]

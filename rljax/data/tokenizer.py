@@ -147,10 +147,15 @@ def load_tokenizer(
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = _fetch(path, scratch)
+        is_local = Path(folder).is_dir()
+        if is_local and not any("token" in file.name or "vocab" in file.name for file in Path(folder).iterdir()):
+            raise ValueError(f"{path} has no tokenizer.json; copy the model's tokenizer there or set tokenizer.path")
         try:
             hf = AutoTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError by kind of damage
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if not is_local:
+                reason = f"it is no local folder, and the Hub gives none of that name ({reason})"
             raise ValueError(f"no tokenizer can be read from {path}: {reason}") from error
         configured = list(end_tokens) if end_tokens is not None else _generation_end_ids(folder)
     return wrap_tokenizer(
@@ -258,7 +263,7 @@ def _fetch(path: str, scratch: str) -> str:
     """A remote folder's tokenizer files, copied to ``scratch``; local folders and Hub names as they are."""
     if "://" not in path:
         expanded = Path(path).expanduser()
-        looks_local = path.startswith(("/", "./", "../", "~"))
+        looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1
         if looks_local and not expanded.is_dir():
             raise ValueError(f"tokenizer folder {path} does not exist")
         return str(expanded) if expanded.is_dir() else path

@@ -46,6 +46,7 @@ from rljax.losses.distillation import (
     topk_divergence,
     topk_logprobs,
 )
+from rljax.losses.guidance import posterior_logprobs, shifted_rewards, soft_value, soft_value_iteration
 from rljax.losses.kl import (
     adaptive_kl_coef,
     fixed_kl_coef,
@@ -325,6 +326,7 @@ __all__ = [
     "pessimistic_rewards",
     "plackett_luce",
     "plackett_luce_loss",
+    "posterior_logprobs",
     "ppo_loss",
     "process_loss",
     "random_high_covariance",
@@ -346,10 +348,13 @@ __all__ = [
     "sequence_logprobs",
     "sft_loss",
     "shaped_rewards",
+    "shifted_rewards",
     "simpo",
     "simpo_loss",
     "smoothed_cross_entropy",
     "soft_overlong_penalty",
+    "soft_value",
+    "soft_value_iteration",
     "sppo_hard",
     "squared_value_loss",
     "straight_through",

@@ -202,7 +202,7 @@ class PercentileScale(NamedTuple):
 
 def empty_percentile_scale() -> PercentileScale:
     """Nothing seen yet."""
-    return PercentileScale(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    return PercentileScale(jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
 def update_percentile_scale(

@@ -50,14 +50,14 @@ def save_hf(
     if dtype not in STORED_DTYPES:
         raise ValueError(f"cannot store weights as {dtype!r}; {', '.join(STORED_DTYPES)} can be")
     writes = jax.process_index() == 0
-    folder = _begin(path) if writes else None
+    folder = begin_folder(path) if writes else None
     try:
         _write_weights(folder, model, params, dtype, max_shard_bytes)
         if folder is not None:
             _write_configs(folder, model, generation_config or {}, dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _publish(folder, path)
+            publish_folder(folder, path)
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def save_hf(
         multihost_utils.sync_global_devices("save_hf")
 
 
-def _begin(path: str | os.PathLike) -> Path:
+def begin_folder(path: str | os.PathLike) -> Path:
     """An empty folder beside the final one, on the same file system; of a bucket in the temporary folder."""
     text = os.fspath(path)
     if "://" in text:
@@ -79,7 +79,7 @@ def _begin(path: str | os.PathLike) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
 
 
-def _publish(folder: Path, path: str | os.PathLike) -> None:
+def publish_folder(folder: Path, path: str | os.PathLike) -> None:
     if "://" in os.fspath(path):
         # A bucket has no rename: config.json, without which nothing loads, goes first and comes back last.
         target = epath.Path(path)
@@ -103,9 +103,25 @@ def _publish(folder: Path, path: str | os.PathLike) -> None:
 def _write_configs(folder: Path, model: Model, generation_config: dict[str, Any], dtype: str) -> None:
     # Other readers than transformers look for the special tokens in config.json.
     special = {key: value for key, value in generation_config.items() if key.endswith("_token_id")}
-    _write_json(folder / "config.json", {**model.family.to_hf(model.config), **special, "torch_dtype": dtype})
-    if generation_config:
+    config = {**model.family.to_hf(model.config), **special, "torch_dtype": dtype}
+    if model.scores:
+        config |= _classifier(config, model.scores)
+    _write_json(folder / "config.json", config)
+    if generation_config and not model.scores:
         _write_json(folder / "generation_config.json", generation_config)
+
+
+def _classifier(config: dict[str, Any], scores: int) -> dict[str, Any]:
+    """What config.json says of a scalar model: transformers scores a row at its last token that is not padding."""
+    names = {str(i): f"LABEL_{i}" for i in range(scores)}
+    architecture = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    ends = config.get("eos_token_id")
+    return {
+        "architectures": [architecture],
+        "id2label": names,
+        "label2id": {name: int(i) for i, name in names.items()},
+        **({"eos_token_id": ends[0]} if isinstance(ends, list) else {}),
+    }
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -115,7 +131,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str, max_shard_bytes: float) -> None:
     """Every process runs through the same tensors; ``folder`` is None on those that do not write."""
     item_bytes = jnp.dtype(dtype).itemsize
-    shards = _shards(_tensors(model), item_bytes, max_shard_bytes)
+    shards = _shards(_tensors(model, params), item_bytes, max_shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
@@ -134,8 +150,9 @@ def _write_weights(folder: Path | None, model: Model, params: Params, dtype: str
         )
 
 
-def _tensors(model: Model) -> list[Tensor]:
-    return [Tensor(name, leaf, layer) for leaf in leaves(model) for layer, name in enumerate(leaf.names)]
+def _tensors(model: Model, params: Params) -> list[Tensor]:
+    kept = [leaf for leaf in leaves(model) if leaf.path != ("score_bias",) or np.any(np.asarray(params["score_bias"]))]
+    return [Tensor(name, leaf, layer) for leaf in kept for layer, name in enumerate(leaf.names)]
 
 
 def _size(tensor: Tensor, item_bytes: int) -> int:

@@ -28,6 +28,7 @@ from rljax.sharding import Layout
 READABLE = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 # Buffers that old checkpoints carry and the config already says.
 IGNORED = ("rotary_emb.inv_freq",)
+SCORE_BIAS = ("score_bias",)
 
 
 class Stored(NamedTuple):
@@ -60,7 +61,9 @@ def load_params(path: str | os.PathLike, model: Model, layout: Layout, dtype: An
     shardings = param_shardings(model, layout)
     params: Params = {"layers": {}}
     for leaf in plan:
-        array = _load_leaf(leaf, stored, get(shardings, leaf.path), dtype)
+        place = get(shardings, leaf.path)
+        absent = leaf.path == SCORE_BIAS and leaf.names[0] not in stored
+        array = jnp.zeros(leaf.shape, dtype, device=place) if absent else _load_leaf(leaf, stored, place, dtype)
         get(params, leaf.path[:-1])[leaf.path[-1]] = array
     return params
 
@@ -70,7 +73,7 @@ def find_params(path: str | os.PathLike, model: Model) -> tuple[list[Leaf], dict
 
     Raises ModelFolderError as ``load_params`` does: for a check before anything else is done.
     """
-    stored = _list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
+    stored = list_tensors(local_folder(path, (*CONFIG_FILES, *WEIGHT_FILES)))
     tied = _tied_names(model)
     plan = [_choose_name(leaf, stored, tied) for leaf in leaves(model)]
     _check(path, plan, stored, tied)
@@ -124,7 +127,7 @@ def _read(leaf: Leaf, tensor: Stored, sharding: NamedSharding) -> Array:
     return array
 
 
-def _list_tensors(folder: Path) -> dict[str, Stored]:
+def list_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder, from the headers alone."""
     found = {}
     for file in _weight_files(folder):
@@ -176,6 +179,13 @@ def _choose_name(leaf: Leaf, stored: dict[str, Stored], tied: tuple[str, ...]) -
 def _check(path: str | os.PathLike, plan: list[Leaf], stored: dict[str, Stored], tied: tuple[str, ...]) -> None:
     wanted = {name: leaf for leaf in plan for name in leaf.names}
     for name, leaf in wanted.items():
+        if leaf.path == SCORE_BIAS and name not in stored:
+            continue  # transformers' sequence classification has none
+        if name not in stored and leaf.path == ("score",):
+            raise ModelFolderError(
+                f"{path} is no reward model: the tensor {name}, its scalar head, is missing; train one from it "
+                "(algo reward_model), or start a new head with critic.init_from"
+            )
         if name not in stored:
             raise ModelFolderError(f"{path}: the tensor {name} is missing")
         entry = stored[name]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from rljax.models.decoder import Model
+from rljax.models.decoder import HfKey, Model
 from rljax.models.layers import Param
 from rljax.models.params import declare
 
@@ -20,6 +20,10 @@ STORED_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
     "heads_in": ((2,), (0, 1)),
     "heads_bias": ((0, 1),),
 }
+
+
+# Of transformers' sequence classification, which knows no bias: it is stored where it is not 0.
+SCALAR_KEYS = {"score": HfKey("score.weight", "same"), "score_bias": HfKey("score.bias", "same")}
 
 
 class Leaf(NamedTuple):
@@ -62,7 +66,7 @@ def leaves(model: Model) -> list[Leaf]:
     """Every leaf, in the one order that all processes follow."""
     declared = _by_path(model)
     true_size = _by_path(model._replace(config=dataclasses.replace(model.config, vocab_multiple=1)))
-    keys = model.family.hf_keys(model.config)
+    keys = {**model.family.hf_keys(model.config), **SCALAR_KEYS}
 
     def leaf(path: tuple[str, ...], param: Param) -> Leaf:
         key, stacked = keys[".".join(path)], path[0] == "layers"

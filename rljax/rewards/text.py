@@ -10,17 +10,19 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 
 
 def story(sample: Sample) -> Score:
-    """words · (finished + unrepeated) / 2, in [0, 1]: a story that uses ``row["words"]``, ends and does not repeat.
+    """words · told · (finished + unrepeated) / 2, in [0, 1]: uses ``row["words"]``, is long enough, ends, is no loop.
 
-    ``words`` is ``required_words``; ``finished`` is 1 if the end token was sampled within the budget; ``unrepeated`` is
-    the function of that name. The product gives nothing for an empty story. Right: all words, finished, and no sentence
-    twice. On 1,728 real TinyStories ``unrepeated`` averages 0.99, so a good story is near 1 and not above.
+    ``words`` is ``required_words``; ``told`` is the share of ``row["sentences"]`` that it has, 1 at most and where the
+    row asks for none; ``finished`` is 1 if the end token was sampled within the budget; ``unrepeated`` is the function
+    of that name. The product gives nothing for an empty story. Right: all words, told, finished, and no sentence twice.
+    On 1,728 real TinyStories ``unrepeated`` averages 0.99, so a good story is near 1 and not above.
     """
     words = required_words(sample.prompt, sample.completion, sample.row["words"])
     fresh = unrepeated(sample.prompt, sample.completion)
-    parts = {"words": words.value, "finished": float(sample.finished), "unrepeated": fresh.value}
-    value = words.value * (parts["finished"] + fresh.value) / 2
-    return Score(value, bool(words.correct and sample.finished and fresh.correct), None, parts)
+    told = min(len(sentences(sample.completion)) / max(sample.row.get("sentences", 0), 1), 1.0)
+    parts = {"words": words.value, "told": told, "finished": float(sample.finished), "unrepeated": fresh.value}
+    value = words.value * told * (parts["finished"] + fresh.value) / 2
+    return Score(value, bool(words.correct and told == 1 and sample.finished and fresh.correct), None, parts)
 
 
 def required_words(prompt: str, completion: str, words: Sequence[str] | str) -> Score:
@@ -39,12 +41,12 @@ def required_words(prompt: str, completion: str, words: Sequence[str] | str) -> 
 def unrepeated(prompt: str, completion: str) -> Score:
     """Share of sentences not said before, times the distinct share of 4-grams: 1 if nothing repeats, 0 without a word.
 
-    Sentences end at . ! ? or a line break and are compared as lower-case words. Right: no sentence stands twice.
+    Sentences are compared as lower-case words. Right: no sentence stands twice.
     """
-    sentences = [tuple(words) for part in _SENTENCE_END.split(completion) if (words := words_of(part))]
-    if not sentences:
+    said = sentences(completion)
+    if not said:
         return Score(0.0, False)
-    fresh = len(set(sentences)) / len(sentences)
+    fresh = len(set(said)) / len(said)
     grams = _ngrams(words_of(completion), 4)
     return Score(fresh * (len(set(grams)) / len(grams) if grams else 1.0), fresh == 1.0)
 
@@ -66,6 +68,11 @@ def overlong(sample: Sample, *, max_new_tokens: int, buffer_tokens: int, factor:
 def length_cost(sample: Sample, *, per_token: float) -> float:
     """−per_token for every token of the completion, the end token included."""
     return -per_token * len(sample.token_ids)
+
+
+def sentences(text: str) -> list[tuple[str, ...]]:
+    """The words of each sentence; they end at . ! ? or a line break."""
+    return [tuple(words) for part in _SENTENCE_END.split(text) if (words := words_of(part))]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:

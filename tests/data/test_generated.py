@@ -1,6 +1,7 @@
 """Generated tasks: right answers, disjoint splits, an order that is the seed's."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -116,8 +117,51 @@ def test_story_words_and_openings_as_asked(data_dir):
         (word,) = row["words"]
         assert re.search(rf"\b{word}\b", row["prompt"]) and re.search(rf"\b{word}\b", row["continuation"])
         assert len(stories.sentence_ends(row["prompt"])) == 2
-    with pytest.raises(ValueError, match="words_from the continuation or the opening, not 'title'"):
+    with pytest.raises(ValueError, match="words_from the continuation, the opening or the hero, not 'title'"):
         stories.make_rows(split="dev", path=path, words_from="title")
+
+
+def test_names_are_capitalised_inside_sentences_and_never_small():
+    """Rose is a flower once for one time as a name; The and He stand at beginnings of sentences only."""
+    stories_ = [
+        "The cat saw Max. He ran to Rose. Then Mr. Spot, said Max's mum.",
+        "A rose and a cat. So, Max and Spot sat.",
+    ]
+    names_in = stories.names_finder(stories_)
+    assert names_in("Max and Spot met Rose. The max Maxine; Max's hat") == ["Max", "Spot", "Max"]
+    assert stories.names_finder([])("Max") == []
+
+
+def test_the_hero_is_the_name_that_the_real_story_says_most(tmp_path):
+    file = tmp_path / "stories.txt"
+    one = "Once, Tim met Sue. They ran. So Sue sang. And Sue sat with Tim."
+    file.write_text("<|endoftext|>".join([one, "There was a dog. It ran. It sat.", "rest"]))
+    rows = [
+        row
+        for split in COUNTS
+        for row in stories.make_rows(
+            split=split,
+            path=str(file),
+            words=1,
+            words_from="hero",
+            opening_sentences=2,
+            min_occurrences=2,
+            min_sentences=4,
+        )
+    ]
+    assert len(rows) == 1 and rows[0]["prompt"] == "Once, Tim met Sue. They ran. "
+    assert rows[0]["words"] == ["Sue"] and rows[0]["sentences"] == 4
+
+
+def test_heroes_of_the_real_files(data_dir):
+    path = ",".join(str(data_dir / f"datasets/text/tinystories_{name}.txt") for name in "ab")
+    rows = stories.make_rows(
+        split="train", path=path, words=1, words_from="hero", opening_sentences=2, min_occurrences=20
+    )
+    heroes = Counter(row["words"][0] for row in rows)
+    assert len(rows) > 1000 and {"Lily", "Tim", "Tom"} <= set(heroes)
+    assert not {"Once", "One", "The", "They", "Mom", "Dad"} & set(heroes)
+    assert all(row["words"][0] in row["prompt"] and row["words"][0] in row["continuation"] for row in rows)
 
 
 def test_story_file_missing(tmp_path):

@@ -27,7 +27,7 @@ def assistant(text):
 def test_pair_by_hand(letters):
     source = PreferenceSource([{"prompt": "ab", "chosen": "c", "rejected": "de"}], letters, 8, seed=0)
     _, batch, position = source.take(DataPosition(), 1)
-    assert position == DataPosition(1, 0) and source.answers == 2
+    assert position == DataPosition(1, 0)
     # ids: <pad> 0, <bos> 1, <eos> 2, a 3, b 4, c 5, d 6, e 7
     np.testing.assert_array_equal(batch.tokens, [[1, 3, 4, 5, 2, 0, 0, 0], [1, 3, 4, 6, 7, 2, 0, 0]])
     np.testing.assert_array_equal(batch.valid.sum(1), [5, 6])
@@ -51,9 +51,9 @@ def test_ragged_rankings(letters):
         {"prompt": "a", "completions": ["b", "c", "d"], "scores": [3, 1.5, 2]},
         {"prompt": "a", "completions": ["e", "f"], "scores": [0, 1]},
     ]
-    source = PreferenceSource(rows, letters, 6, seed=0, shuffle=False)
+    source = PreferenceSource(rows, letters, 6, seed=0, kind="ranked", unit=3, shuffle=False)
     batch = source.take(DataPosition(), 2)[1]
-    assert source.answers == 3 and batch.tokens.shape == (6, 6)
+    assert batch.tokens.shape == (6, 6)
     np.testing.assert_array_equal(batch.scores, [3, 1.5, 2, 0, 1, 0])
     np.testing.assert_array_equal(batch.answer_valid, [1, 1, 1, 1, 1, 0])
     assert not batch.loss_mask[5].any() and batch.valid[5].any()  # nothing to train, still a text that can be read
@@ -62,9 +62,8 @@ def test_ragged_rankings(letters):
 
 def test_labels(letters):
     rows = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": False}]
-    source = PreferenceSource(rows, letters, 6, seed=0, shuffle=False)
+    source = PreferenceSource(rows, letters, 6, seed=0, kind="labelled", unit=1, shuffle=False)
     batch = source.take(DataPosition(), 2)[1]
-    assert source.answers == 1
     np.testing.assert_array_equal(batch.scores, [1, 0])
 
 
@@ -131,3 +130,52 @@ def test_real_pairs(data_dir):
             tokens, valid, mask = batch.tokens[place], batch.valid[place], batch.loss_mask[place]
             assert tokenizer.hf.decode(tokens[valid]) == row[side] + "<|endoftext|>"
             assert tokenizer.hf.decode(tokens[valid & ~mask]).endswith("\n\nAssistant:")
+
+
+def test_answers_of_other_prompts_stand_behind_labelled_ones(letters):
+    """KTO's rows: (x_i, y_i), then x_i with the answer of the next row that has another prompt; too long is absent."""
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "d", "completion": "eeee", "label": False},
+        {"prompt": "ff", "completion": "g", "label": True},
+    ]
+    source = PreferenceSource(rows, letters, 7, seed=0, kind="labelled", unit=2, shuffle=False)
+    _, batch, _ = source.take(DataPosition(), 4)
+    texts = [letters.decode(ids[valid]) for ids, valid in zip(batch.tokens, batch.valid, strict=True)]
+    assert texts == ["ab", "aeeee", "ac", "aeeee", "deeee", "dg", "ffg", "ffb"]
+    np.testing.assert_array_equal(batch.scores, [1, 1, 0, 0, 0, 0, 1, 1])
+    assert batch.answer_valid.all() and len(set(batch.row_id)) == 8
+    long = [{"prompt": "a", "completion": "bbbb", "label": 1}, {"prompt": "ccc", "completion": "d", "label": 0}]
+    source = PreferenceSource(long, letters, 7, seed=0, kind="labelled", unit=2, shuffle=False)
+    _, batch, _ = source.take(DataPosition(), 2)  # BOS, ccc, bbbb, end: 9 tokens
+    np.testing.assert_array_equal(batch.answer_valid, [1, 1, 1, 0])
+    assert not batch.loss_mask[3].any()
+    with pytest.raises(DataError, match="all rows have one prompt"):
+        PreferenceSource(rows[:1], letters, 7, seed=0, kind="labelled", unit=2)
+
+
+def test_pairs_of_a_ranking_are_the_best_against_a_worse_one(letters):
+    """Zephyr's builder: the best of the scores, never against an equal text or an equal score."""
+    ranking = {"prompt": "a", "completions": ["b", "c", "d", "d", "e"], "scores": [1, 2, 4, 0, 4]}
+    source = PreferenceSource([ranking] * 40, letters, 6, seed=0, shuffle=False)
+    _, batch, _ = source.take(DataPosition(), 40)
+    texts = [letters.decode(ids[mask]) for ids, mask in zip(batch.tokens, batch.loss_mask, strict=True)]
+    assert set(texts[0::2]) == {"d"} and set(texts[1::2]) == {"b", "c"}
+    assert set(batch.scores[0::2]) == {4} and set(batch.scores[1::2]) == {1, 2}
+    again = PreferenceSource([ranking] * 40, letters, 6, seed=0, shuffle=False).take(DataPosition(), 40)[1]
+    np.testing.assert_array_equal(batch.tokens, again.tokens)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [1, 1]}, "pairs", "no answer of row 0 is worse than its"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "pairs", "row 0 has one answer and a label"),
+        ({"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 2, 3]}, "ranked", "more than algo.answers 2"),
+        ({"prompt": "a", "completions": ["b", "c"], "scores": [1, 2]}, "labelled", "row 0 has scores of 2 answers"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "labelled", "a score or label that is no number"),
+    ],
+)
+def test_rows_of_another_kind_are_named(letters, row, kind, message):
+    with pytest.raises(DataError, match=message):
+        PreferenceSource([row], letters, 6, seed=0, kind=kind)

@@ -84,6 +84,9 @@ def test_no_end_token_is_said(data_dir, tmp_path):
 def test_missing_and_broken_folders_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"^tokenizer folder /nowhere does not exist$"):
         load_tokenizer("/nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no tokenizer.json; copy the model's tokenizer there or set tokenizer"):
+        load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no tokenizer can be read from") as error:
         load_tokenizer(str(tmp_path))

@@ -77,12 +77,16 @@ def test_story_by_hand():
     row = {"words": ["cat", "moon"]}
     whole = story(Sample("", "A cat saw the moon. It slept.", finished=True, row=row))
     assert (whole.value, whole.correct) == (1.0, True)
-    assert whole.parts == {"words": 1.0, "finished": 1.0, "unrepeated": 1.0}
+    assert whole.parts == {"words": 1.0, "told": 1.0, "finished": 1.0, "unrepeated": 1.0}
     assert story(Sample("", "A cat saw the moon. It slept.", finished=False, row=row)).value == 0.5
     assert story(Sample("", "A cat slept.", finished=True, row=row)).value == 0.5
     assert story(Sample("", "The sun rose.", finished=True, row=row)).value == 0.0
     assert story(Sample("", "", finished=True, row=row)).value == 0.0
     # Words 1, finished, half of the sentences new; cat moon cat moon has one 4-gram.
+    short = story(Sample("", "A cat saw the moon. It slept.", finished=True, row={**row, "sentences": 3}))
+    assert short.parts["told"] == short.value == 2 / 3 and not short.correct
+    long = story(Sample("", "A cat saw the moon. It slept.\nIt woke! Why?", finished=True, row={**row, "sentences": 3}))
+    assert long.parts["told"] == long.value == 1 and long.correct
     twice = story(Sample("", "Cat moon. Cat moon.", finished=True, row=row))
     assert (twice.value, twice.correct) == (0.75, False)
 

@@ -1,0 +1,146 @@
+"""PPO (1707.06347) with a critic, as RLHF has it: the score on the last token, the KL in the reward, GAE.
+
+Tulu 2.5 (2406.09279), Tulu 3 (2411.15124) and the TL;DR reproduction (2403.17031) are settings of this file. RTO and
+PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, scale_by_percentile.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rljax.algos.base import Algorithm, Batch
+from rljax.algos.critic import CriticLossConfig, as_value, critic_outputs, explained_variance, value_terms
+from rljax.algos.policy import (
+    PolicyConfig,
+    aggregation_of,
+    kl_in_reward,
+    policy_batch,
+    policy_needs,
+    policy_prepare,
+    policy_terms,
+)
+from rljax.algos.scores import ScoreConfig, clip_to, is_finished, scores_of
+from rljax.losses.advantages import (
+    PercentileScale,
+    empty_percentile_scale,
+    scale_by_percentile,
+    update_percentile_scale,
+)
+from rljax.losses.guidance import shifted_rewards
+from rljax.losses.kl import adaptive_kl_coef
+from rljax.losses.masked import count_sequences, masked_sum, whiten, zero_masked
+from rljax.losses.returns import gae, on_last_token
+from rljax.types import Experience, Outputs, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PolicyConfig, CriticLossConfig, ScoreConfig):
+    gamma: float  # discount of a token's reward at the tokens before it
+    lam: float  # GAE's λ
+    whiten_advantages: Literal["rollout", "minibatch", "none"]  # over whose tokens
+    whiten_rewards: bool = False  # token rewards over the rollout, their mean kept (2403.17031, detail 24)
+    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
+    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
+    kl_target: float | None = None  # nats a completion that an adaptive kl_coef aims at (1909.08593); None: fixed
+    kl_horizon: float = 10000.0  # completions in which the adaptive coefficient can about double
+    truncated: Literal["terminal", "bootstrap"] = (
+        "terminal"  # what follows a cut completion: nothing, or its last value
+    )
+    advantage_clip: float | None = None  # advantages stay within ± this, after whitening
+    scale_by_percentile: bool = False  # advantages over the running spread of returns; not with whitening
+    dense_coef: float = 0.0  # of rewards for single tokens (ARES: 1; LMGT: its shift)
+    dense_rollouts: int = 0  # rollouts over which dense_coef falls to 0; 0: it stays
+
+
+class State(NamedTuple):
+    rollouts: Int[Array, ""]
+    kl_coef: Float[Array, ""]
+    returns: PercentileScale
+
+
+def make(
+    config: Config,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    token_rewards: Callable[[Experience], Float[Array, "b t"]] | None = None,
+) -> Algorithm:
+    """``token_rewards`` are added to those of PPO, whitened with them. Raises ValueError for contradicting settings."""
+    if config.kl_target and not (config.kl_coef and config.kl_in == "reward"):
+        raise ValueError("kl_target steers the KL in the reward; set kl_coef, its start, and kl_in to 'reward'")
+    if config.scale_by_percentile and config.whiten_advantages != "none":
+        raise ValueError("whitening undoes scale_by_percentile; set whiten_advantages to 'none'")
+    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
+    needs |= {"values"} | ({"dense_rewards"} if config.dense_coef else set())
+
+    def init() -> State:
+        return State(jnp.int32(0), jnp.asarray(config.kl_coef, float), empty_percentile_scale())
+
+    def targets(state: State, experience: Experience) -> tuple[State, Batch]:
+        mask = experience.rollout.loss_mask
+        assert experience.values is not None and experience.final_values is not None  # it is in needs
+        values, final = as_value(config, experience.values), as_value(config, experience.final_values)
+        kl = kl_in_reward(config, experience)
+        rewards = on_last_token(scores_of(config, experience), mask) - state.kl_coef * kl
+        rewards = shift(state, experience, rewards)
+        if token_rewards is not None:
+            rewards += token_rewards(experience)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        after = jnp.where(is_finished(experience), 0, final) if config.truncated == "bootstrap" else None
+        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=after)
+        facts = {"explained_variance": explained_variance(values, returns, mask), "kl_coef": state.kl_coef}
+        state = updated(state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
+        if config.scale_by_percentile:
+            advantages = scale_by_percentile(advantages, state.returns)
+        if config.whiten_advantages == "rollout":
+            advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
+        batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
+        batch |= {name: jnp.broadcast_to(value, mask.shape[:1]) for name, value in facts.items()}
+        return state, jax.lax.stop_gradient(batch)
+
+    def shift(state: State, experience: Experience, rewards: Array) -> Array:
+        if not config.dense_coef:
+            return rewards
+        assert experience.dense_rewards is not None  # it is in needs
+        dense = zero_masked(experience.rollout.loss_mask, experience.dense_rewards)
+        progress = state.rollouts / config.dense_rollouts if config.dense_rollouts else 0.0
+        return shifted_rewards(rewards, dense, coef=config.dense_coef, progress=progress)
+
+    def updated(state: State, kl: Array, returns: Array, mask: Array) -> State:
+        coef, scale = state.kl_coef, state.returns
+        if config.kl_target:
+            samples = mask.shape[0]
+            coef = adaptive_kl_coef(coef, kl, target_kl=config.kl_target, horizon=config.kl_horizon, n_samples=samples)
+        if config.scale_by_percentile:
+            scale = update_percentile_scale(scale, returns, mask)
+        return State(state.rollouts + 1, coef, scale)
+
+    def prepare(state: State, batch: Batch, key: Array) -> tuple[State, Batch, dict]:
+        if config.whiten_advantages == "minibatch":
+            batch = {**batch, "advantages": whiten(batch["advantages"], batch["loss_mask"])}
+        if config.whiten_advantages != "rollout":
+            batch = {**batch, "advantages": clip_to(batch["advantages"], config.advantage_clip)}
+        return state, *policy_prepare(config, aggregation, batch, key)
+
+    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        mask = batch["loss_mask"]
+        facts = {
+            name: Term(masked_sum(jnp.broadcast_to(batch[name][:, None], mask.shape), mask), "tokens", 0.0)
+            for name in ("explained_variance", "kl_coef")
+        }
+        return policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch) | facts
+
+    return Algorithm(
+        needs=frozenset(needs),
+        init=init,
+        targets=targets,
+        prepare=prepare,
+        loss=loss,
+        trains=("policy", "critic"),
+        critic_outputs=critic_outputs(config),
+    )

@@ -1,0 +1,82 @@
+"""V-trace actor-critic (IMPALA, 1802.01561): value targets and advantages corrected for rollouts of an older policy.
+
+The weights are proximal over behaviour, so a rollout may come from an earlier version (``staleness``) or from a sampler
+of another precision; the advantages carry ρ and take a plain policy gradient. Cleanba's IMPALA (2310.00036) sums over
+tokens; here aggregation says.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rljax.algos.base import Algorithm, Batch, no_state
+from rljax.algos.critic import CriticLossConfig, as_value, critic_outputs, explained_variance, value_terms
+from rljax.algos.policy import (
+    PolicyConfig,
+    aggregation_of,
+    kl_in_reward,
+    policy_batch,
+    policy_needs,
+    policy_prepare,
+    policy_terms,
+)
+from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.losses.returns import on_last_token, vtrace
+from rljax.types import Experience, Outputs, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PolicyConfig, CriticLossConfig, ScoreConfig):
+    gamma: float  # discount of a token's reward at the tokens before it
+    rho_clip: float  # ρ̄, bound of the weight in the targets and advantages
+    c_clip: float  # c̄, bound of the weight with which later corrections come back
+    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
+    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
+    surrogate: Literal["clipped", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = (
+        "reinforce"  # the loss of a token; its ratio is current over behaviour
+    )
+
+
+def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
+    """Raises ValueError for a second correction of the same weights."""
+    if config.correction != "none":
+        raise ValueError("V-trace corrects for the sampler itself; set correction to 'none'")
+    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
+
+    def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
+        mask = experience.rollout.loss_mask
+        assert experience.values is not None and experience.proximal_logprobs is not None  # it is in needs
+        values = as_value(config, experience.values)
+        rewards = on_last_token(scores_of(config, experience), mask)
+        advantages, returns = vtrace(
+            experience.proximal_logprobs,
+            experience.rollout.behavior_logprobs,
+            rewards - config.kl_coef * kl_in_reward(config, experience),
+            values,
+            mask,
+            gamma=config.gamma,
+            rho_clip=config.rho_clip,
+            c_clip=config.c_clip,
+        )
+        batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
+        explained = jnp.broadcast_to(explained_variance(values, returns, mask), mask.shape[:1])
+        return state, jax.lax.stop_gradient(batch | {"explained_variance": explained})
+
+    def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
+        return state, *policy_prepare(config, aggregation, batch, key)
+
+    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        return policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch)
+
+    return Algorithm(
+        needs=frozenset(needs | {"values", "proximal_logprobs"}),
+        init=no_state,
+        targets=targets,
+        prepare=prepare,
+        loss=loss,
+        trains=("policy", "critic"),
+        critic_outputs=critic_outputs(config),
+    )

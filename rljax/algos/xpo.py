@@ -1,0 +1,61 @@
+"""XPO (2405.21046): online DPO that also pushes down what the reference writes, and so explores.
+
+A prompt's first completion is the policy's and its second the reference's (``rival_mixture`` 1); scores order the pair.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from rljax.algos.base import Algorithm, Batch, no_state
+from rljax.algos.online_dpo import pair_batch, whole_vocabulary
+from rljax.algos.pairs import kept_pairs, pair_metrics, prepare_pairs, sides, sums
+from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.losses.masked import masked_sum
+from rljax.losses.preference_variants import xpo
+from rljax.types import Experience, Outputs, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ScoreConfig):
+    beta: float  # of the KL to the reference
+    alpha: float  # of the exploration term, the log-prob of the reference's completion; 0 is online DPO
+
+
+def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
+    """Raises ValueError where a group is not one completion of each model."""
+    if group_size != 2:
+        raise ValueError("a pair is one completion of the policy and one of the reference; set rollout.group_size to 2")
+
+    def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
+        policys, references = sides(scores_of(config, experience))
+        won = policys > references
+        order = jnp.stack([~won, won], axis=1).astype(jnp.int32)  # 1 is the reference's completion
+        batch = pair_batch(experience, order, policys != references)
+        del batch["behavior_logprobs"]  # on half of the rows those of the reference
+        return state, {**batch, "from_reference": order.reshape(-1) == 1}
+
+    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        mask, logprobs = batch["loss_mask"], whole_vocabulary(outputs).logprobs
+        assert logprobs is not None  # a policy is trained
+        kept = kept_pairs(mask)
+        policy, reference = sums(logprobs, mask), sums(batch["ref_logprobs"], mask)
+        explore: Array = jnp.where(sides(batch["from_reference"])[0], *policy)
+        losses = xpo(*policy, *reference, explore, beta=config.beta, alpha=config.alpha)
+        chosen, rejected = (config.beta * (l - ref) for l, ref in zip(policy, reference, strict=True))
+        return {
+            "preference": Term(masked_sum(losses, kept), "pairs"),
+            "exploration": Term(masked_sum(explore, kept), "pairs", 0.0),
+            **pair_metrics((chosen, rejected), policy, kept),
+        }
+
+    return Algorithm(
+        needs=frozenset({"ref_logprobs"}),
+        init=no_state,
+        targets=targets,
+        prepare=prepare_pairs,
+        loss=loss,
+        unit=2,
+        rival_mixture=1.0,
+    )

@@ -62,7 +62,7 @@ def make_generate(
         return jax.lax.with_sharding_constraint(jax.tree.map(lambda x: x.astype(dtype), params), decode_shardings)
 
     def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
-        weights = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
+        weights: Any = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
         prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
         decode_rows = partial(decode_batch, model, decode, sampling, dtype, shares)
         if refill is not None and mixture is None:

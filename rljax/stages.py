@@ -1,7 +1,7 @@
 """One stage of a recipe, built: its data, its compiled programs, its trained and its frozen models."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class Stage:
     runner: RewardRunner | None
     generate: Generate | None  # None where nothing is sampled, as are source's prompts and runner
     divergence: Callable
+    rival: Generate | None = None  # of the policy mixed with the reference, for the second half of a prompt's samples
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
     cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
@@ -115,7 +116,8 @@ class Stage:
         layout = self.session.train.rows
         if self.caches_reference:
             return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
-        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        host = {"tokens": rows.tokens, "valid": rows.valid, "loss_mask": rows.loss_mask}
+        batch = {name: to_global(array, layout) for name, array in host.items()}
         return self.program("score_reference", 1)(self.reference, batch)
 
     @property
@@ -205,6 +207,8 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
+    generate = partial(make_generate, session.model, session.train, session.decode, dtype=session.dtype)
+    mixture = algorithm.rival_mixture
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(
         session=session,
@@ -217,16 +221,15 @@ def build_stage(
         forwards={name: session.forward(sampling, model) for name, model in models.items()},
         source=source,
         runner=runner,
-        generate=make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
-        if sampling
-        else None,
+        generate=generate(replace(sampling, greedy_samples=algorithm.greedy_samples)) if sampling else None,
+        rival=generate(sampling, mixture=None if mixture == 1 else mixture) if sampling and mixture else None,
         divergence=make_divergence(session.train),
         text=text,
     )
 
 
 def trained_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:
-    scalar = session.scalar_model(config.critic.init_from)
+    scalar = session.scalar_model(config.critic.init_from)._replace(scores=algorithm.critic_outputs)
     return {tree: session.model if tree == "policy" else scalar for tree in algorithm.trains}
 
 
@@ -235,7 +238,8 @@ def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
     named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
     sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
     sources |= {} if algorithm.trains else {"policy": "start"}
-    return sources | ({"reward_model": config.reward_model_from} if config.reward_model_from else {})
+    scores = config.reward_model_from and algorithm.targets is not None
+    return sources | ({"reward_model": config.reward_model_from} if scores else {})
 
 
 def frozen_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:

@@ -32,6 +32,7 @@ class Algorithm(NamedTuple):
     rewarded: whether ``targets`` reads rewards.
     rival_mixture: m, where the second half of a prompt's completions come from ``π^{1-m} ref^m`` and not from the
         policy: 1 is the reference itself.
+    greedy_samples: so many of a prompt's completions, its first, are decoded greedily.
     critic_outputs: numbers that a critic's head gives at a position.
     """
 
@@ -46,6 +47,7 @@ class Algorithm(NamedTuple):
     rows_per_prompt: int = 0
     rewarded: bool = True
     rival_mixture: float | None = None
+    greedy_samples: int = 0
     critic_outputs: int = 1
 
 

@@ -80,6 +80,7 @@ def test_it_learns_its_rows_by_heart(algo: str, tmp_path: Path) -> None:
         assert records[-1]["train/accuracy"] >= records[0]["train/accuracy"] + 0.1
     elif "train/accuracy" in records[0]:
         assert records[-1]["train/accuracy"] >= max(0.9, records[0]["train/accuracy"])
+        assert records[-1]["train/margin"] > records[0]["train/margin"]
     else:
         assert records[-1]["train/reward_desirable"] > records[-1]["train/reward_undesirable"] + 0.1
 

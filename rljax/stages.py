@@ -116,7 +116,8 @@ class Stage:
         layout = self.session.train.rows
         if self.caches_reference:
             return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
-        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        host = {"tokens": rows.tokens, "valid": rows.valid, "loss_mask": rows.loss_mask}
+        batch = {name: to_global(array, layout) for name, array in host.items()}
         return self.program("score_reference", 1)(self.reference, batch)
 
     @property

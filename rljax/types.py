@@ -74,6 +74,8 @@ class Outputs(NamedTuple):
     scores: Float[Array, "b t"] | None = None  # a reward model's, read at the token itself
     topk_logprobs: Float[Array, "b t k"] | None = None  # of the batch's ``teacher_tokens``
     collision: Float[Array, "b t"] | None = None  # log Σ_v π(v)²
+    mean_logprobs: Float[Array, "b t"] | None = None  # mean log-prob of the vocabulary
+    log_normalizers: Float[Array, "b t"] | None = None  # log Σ_v exp(logit_v)
 
 
 class Term(NamedTuple):

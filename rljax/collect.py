@@ -70,7 +70,7 @@ def model_reward(stage: Stage) -> ModelReward | None:
         rows = {"tokens": rollout.tokens, "valid": rollout.valid}
         return stage.program("reward", 0)(stage.frozen["reward_model"], rows)
 
-    return ModelReward(scores, stage.config.reward_model_weight)
+    return ModelReward(scores, stage.config.reward_model_weight, stage.config.reward_model_threshold)
 
 
 def rival(stage: Stage, policy: Params) -> Rival | None:
@@ -95,8 +95,7 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     def pick(*arrays: Any) -> np.ndarray:
         return np.stack([arrays[n][i] for n, i in picks])
 
-    columns: Any = [pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)]
-    host: Any = Rollout(*columns)
+    host: Any = jax.tree.map(pick, *(done.host for done in rounds))
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
     parts = dict.fromkeys(name for done in rounds for name in done.parts)

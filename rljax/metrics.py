@@ -51,6 +51,10 @@ _COMPARISONS = {
     "matched_accuracy": "accuracy on those",
     "matched_accuracy_low": "lower end of its 95 % bootstrap interval over rows",
     "matched_accuracy_high": "upper end of its 95 % bootstrap interval over rows",
+    "sample_accuracy": "share of a prompt's samples of unequal true reward that the reward model orders alike",
+    "sample_accuracy_low": "lower end of its 95 % bootstrap interval over prompts",
+    "sample_accuracy_high": "upper end of its 95 % bootstrap interval over prompts",
+    "sample_prompts": "prompts with samples of unequal true reward, count",
     "best_of_{k}": "expected true reward (share right, where judged) of the sample of k that the reward model picks",
 }
 

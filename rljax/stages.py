@@ -270,7 +270,8 @@ def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
     named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
     sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
     sources |= {} if algorithm.trains else {"policy": "start"}
-    return sources | ({"reward_model": config.reward_model_from} if config.reward_model_from else {})
+    scores = config.reward_model_from and algorithm.targets is not None
+    return sources | ({"reward_model": config.reward_model_from} if scores else {})
 
 
 def frozen_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:

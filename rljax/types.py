@@ -44,6 +44,8 @@ class Rollout(NamedTuple):
     sample_id: Int[Array, " b"]
     group_id: Int[Array, " b"]  # rows of one prompt in this rollout share it
     step_version: Int[Array, " b"]  # the optimizer step whose parameters sampled the row
+    decode_steps: Int[Array, " b"] | None = None  # that the row's data shard took
+    slot_steps: Float[Array, " b"] | None = None  # slots times steps, idle ones included; summed over rows: of all
 
 
 class Experience(NamedTuple):

@@ -125,6 +125,7 @@ class RolloutConfig:
         "all"  # mixed: refill until prompts_per_step groups have both right and wrong
     )
     max_rounds: Positive = 1  # of refilling
+    lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,20 +210,26 @@ class Stage:
         micro_rows = batch.micro_batch_rows or rows
         scored_rows = self.config.rollout_rows if self.online else self.rows_per_step
         pieces = max(scored_rows // micro_rows, 1)
+        bin_length = batch.row_length if batch.pack else None
         if kind.startswith("score_"):
-            return make_score(self.forwards[kind.removeprefix("score_")], head_from, pieces)
+            return make_score(self.forwards[kind.removeprefix("score_")], head_from, pieces, bin_length)
         if kind == "values":
-            return make_value(self.forwards["critic"], pieces)
+            return make_value(self.forwards["critic"], pieces, bin_length)
         if kind == "reward":
-            return make_reward(self.forwards["reward_model"], pieces)
+            return make_reward(self.forwards["reward_model"], pieces, bin_length)
         if kind == "teacher":
             k = min(self.config.teacher_top_k, self.session.model.config.vocab_size)
-            return make_teacher(self.forwards["teacher"], head_from, pieces, k)
+            return make_teacher(self.forwards["teacher"], head_from, pieces, k, bin_length)
         if kind == "targets":
             assert self.algorithm.targets is not None  # an online stage
             return jax.jit(self.algorithm.targets)
         plan = UpdatePlan(
-            batch.epochs, batch.minibatches, rows // micro_rows, head_from, text_coef=self.config.text_mix.coef
+            epochs=batch.epochs,
+            minibatches=batch.minibatches,
+            micro_batches=rows // micro_rows,
+            head_from=head_from,
+            bin_length=bin_length,
+            text_coef=self.config.text_mix.coef,
         )
         trained = {tree: self.forwards[tree] for tree in self.algorithm.trains}
         shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rljax.decoding import Sampling, request_key, sample
+from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import Cache, cached_attend, visibility
-from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
+from rljax.models.layers import wide_dtype
 from rljax.models.params import param_shardings
 from rljax.refill import RefillPlan, decode_with_refill, step_counts
 from rljax.sharding import BATCH_AXES, Layout
@@ -30,8 +31,8 @@ class DecodeState(NamedTuple):
     sampled: Bool[Array, "b c"]
     running: Bool[Array, " b"]
     finished: Bool[Array, " b"]  # an end token was sampled
-    next_logits: Float[Array, "b v"]
-    cache: Cache
+    hidden: Float[Array, "b d"]  # predicts the next token
+    cache: Cache | list[Cache]
 
 
 def make_generate(
@@ -52,6 +53,8 @@ def make_generate(
     def generate(params: Params, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
         weights = jax.tree.map(lambda x: x.astype(dtype), params)
         weights = jax.lax.with_sharding_constraint(weights, decode_shardings)
+        if decode.on_cpu:
+            weights = {**weights, "layers": by_layer(weights["layers"])}
         prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
         decode_rows = partial(decode_batch, model, decode, sampling, dtype)
         if refill is not None:
@@ -98,7 +101,8 @@ def decode_batch(
     lengths = jnp.sum(segments, axis=-1)
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
 
-    cache = empty_cache(model, layout, b, p + budget, dtype)
+    cache: Any = empty_cache(model, layout, b, p + budget, dtype)
+    cache = by_layer(cache) if layout.on_cpu else cache
     seen = visibility(positions, positions, segments, segments, c.sliding_window)
     attend = cached_attend(0, seen, layout, c.attention_scale)
     hidden, cache = forward(model, layout, params, prompts.tokens, positions, attend, cache, dtype=dtype)
@@ -106,7 +110,7 @@ def decode_batch(
 
     def step(s: DecodeState) -> DecodeState:
         token_keys = jax.vmap(lambda k: jax.random.fold_in(k, s.step))(keys)
-        token, logprob, support = sample(token_keys, s.next_logits, sampling)
+        token, logprob, support = draw(token_keys, vocabulary_logits(model, params, s.hidden), sampling)
         ended = jnp.any(token[:, None] == end_ids, axis=-1)
 
         def write(column: Array, value: Array, empty: Any) -> Array:
@@ -127,20 +131,20 @@ def decode_batch(
             sampled=write(s.sampled, s.running, False),
             running=s.running & ~ended,
             finished=s.finished | (s.running & ended),
-            next_logits=logits(model, params, h[:, 0]),
+            hidden=h[:, 0],
             cache=cache,
         )
 
-    first = logits(model, params, hidden[:, -1])
+    wide = wide_dtype(dtype)
     start = DecodeState(
         step=jnp.int32(0),
         tokens=jnp.zeros((b, budget), jnp.int32),
-        logprobs=jnp.zeros((b, budget), first.dtype),
-        support=jnp.full((b, budget), -jnp.inf, first.dtype),
+        logprobs=jnp.zeros((b, budget), wide),
+        support=jnp.full((b, budget), -jnp.inf, wide),
         sampled=jnp.zeros((b, budget), bool),
         running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
         finished=jnp.zeros(b, bool),
-        next_logits=first,
+        hidden=hidden[:, -1],
         cache=cache,
     )
     end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)

@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     age: Int[Array, " s"]  # tokens of its completion so far
     running: Bool[Array, " s"]
     hidden: Float[Array, "s d"]  # predicts its next token
-    ring: Cache | list[Cache]  # [L, S, K, C, H]
+    cache: Cache | list[Cache]  # [L, S, K, C, H], the ring
 
 
 class Entries(NamedTuple):
@@ -156,7 +156,7 @@ def _start(r: Refill, slots: int) -> Loop:
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
             hidden=jnp.zeros((slots, c.width), r.dtype),
-            ring=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
         ),
         entries=empty._replace(hidden=hidden, cache=cache),
         written=Written(
@@ -202,7 +202,7 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         age=slots.age + 1,
         running=slots.running & ~done,
         hidden=hidden,
-        ring=ring,
+        cache=ring,
     )
     s = s._replace(
         step=s.step + 1,
@@ -273,15 +273,17 @@ def _admitted(r: Refill, s: Loop) -> Loop:
 def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
     """The running slots and a few more, ``size`` in all."""
     kept = jnp.argsort(~s.slots.running, stable=True)[:size]
-    slots = Slots(*(x[kept] for x in s.slots[:-1]), ring=_columns(s.slots.ring, kept))
+    slots = _taken(s.slots, kept)
     if r.plan.group > 1:
         return s._replace(slots=slots)
-    entries = Entries(*(x[kept] for x in s.entries[:-1]), cache=_columns(s.entries.cache, kept))
+    entries = _taken(s.entries, kept)
     return s._replace(slots=slots._replace(entry=jnp.arange(size, dtype=jnp.int32)), entries=entries)
 
 
-def _columns(cache: Any, kept: Array) -> Any:
-    return jax.tree.map(lambda x: x[:, kept], cache)
+def _taken(of: Any, kept: Array) -> Any:
+    """Slots or entries by number."""
+    cache = jax.tree.map(lambda x: x[:, kept], of.cache)
+    return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
 
 
 def _stacks(r: Refill, cache: Cache) -> Cache | list[Cache]:
@@ -337,9 +339,9 @@ def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array,
         in_ring &= back < c.sliding_window
         in_prompt &= distance < c.sliding_window
     attend = _attend_both(r, cursor, in_prompt, in_ring)
-    memory: Any = Memory(slots.ring, entries.cache)
+    memory: Any = Memory(slots.cache, entries.cache)
     if r.layout.on_cpu:
-        memory = [Memory(*pair) for pair in zip(slots.ring, entries.cache, strict=True)]
+        memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
     hidden, memory = forward(
         r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
     )

@@ -14,7 +14,7 @@ from rljax.losses.logprobs import LogprobStats, chunked_logprobs, log_normalizer
 from rljax.losses.preference_variants import log_collision
 from rljax.losses.supervised import mean_logprob
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
-from rljax.packing import Packing, by_shard, pack, put_rows, take_packed
+from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
 from rljax.sharding import Layout
 from rljax.types import Outputs, PyTree
 
@@ -230,18 +230,20 @@ def join_rows(tree: PyTree, layout: Layout) -> PyTree:
 
 
 def make_score(
-    forward: Forward, head_from: int, pieces: int, bin_length: int = 0
+    forward: Forward, head_from: int, pieces: int, bin_length: int | None = None
 ) -> Callable[[Params, Batch], Float[Array, "b t"]]:
     """``score(params, batch) -> logprobs``: teacher-forced log-probs of every row, a piece of the rows at a time.
 
-    With ``bin_length`` rows are packed into bins of that many tokens.
+    With ``bin_length`` rows are packed into bins of that many tokens (0: as many as a row is wide).
     """
     return _in_pieces(
         forward, pieces, bin_length, lambda params, rows: forward.outputs(params, rows, head_from).logprobs
     )
 
 
-def make_value(forward: Forward, pieces: int, bin_length: int = 0) -> Callable[[Params, Batch], tuple[Array, Array]]:
+def make_value(
+    forward: Forward, pieces: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], tuple[Array, Array]]:
     """``value(params, batch) -> (values, final_values)`` of a critic: [b t], and [b] at each row's last token."""
 
     def value(params: Params, rows: Batch) -> tuple[Array, Array]:
@@ -251,7 +253,9 @@ def make_value(forward: Forward, pieces: int, bin_length: int = 0) -> Callable[[
     return _in_pieces(forward, pieces, bin_length, value)
 
 
-def make_reward(forward: Forward, pieces: int, bin_length: int = 0) -> Callable[[Params, Batch], Float[Array, " b"]]:
+def make_reward(
+    forward: Forward, pieces: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], Float[Array, " b"]]:
     """``reward(params, batch) -> [b]``: a reward model's score at the last token of every row."""
 
     def reward(params: Params, rows: Batch) -> Array:
@@ -261,14 +265,14 @@ def make_reward(forward: Forward, pieces: int, bin_length: int = 0) -> Callable[
 
 
 def make_teacher(
-    forward: Forward, head_from: int, pieces: int, k: int, bin_length: int = 0
+    forward: Forward, head_from: int, pieces: int, k: int, bin_length: int | None = None
 ) -> Callable[[Params, Batch], tuple]:
     """``teacher(params, batch) -> (tokens, logprobs)``, [b t k]: the likeliest tokens of every position."""
     return _in_pieces(forward, pieces, bin_length, lambda params, rows: forward.top_k(params, rows, head_from, k))
 
 
 def _in_pieces(
-    forward: Forward, pieces: int, bin_length: int, run: Callable[[Params, Batch], Any]
+    forward: Forward, pieces: int, bin_length: int | None, run: Callable[[Params, Batch], Any]
 ) -> Callable[[Params, Batch], Any]:
     def score(params: Params, batch: Batch) -> Any:
         return map_rows(partial(run, params), batch, pieces, bin_length, forward.layout)
@@ -276,12 +280,12 @@ def _in_pieces(
     return jax.jit(score)
 
 
-def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int, layout: Layout) -> Any:
-    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins have a length."""
-    if not bin_length or pieces == 1:
+def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int | None, layout: Layout) -> Any:
+    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for."""
+    if bin_length is None or pieces == 1:
         return join_rows(jax.lax.map(run, cut_rows(batch, pieces, layout)), layout)
     rows = batch["tokens"].shape[0]
-    packing = Packing(pieces, rows // (pieces * layout.data_shards), bin_length)
+    packing = make_packing(batch, layout, pieces, bin_length)
     places = pack(packing, layout, batch["valid"])
 
     def piece(number: Array, results: Any) -> Any:

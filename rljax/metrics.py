@@ -138,6 +138,7 @@ METRICS: dict[str, str] = {
     "data/duplicates": "training prompts that occur more than once, count",
     "data/too_long": "prompts left out because they exceed the budget, count",
     "rollout/occupied_slot_share": "share of (slot, decode step) pairs that held an unfinished completion",
+    "rollout/staleness": "optimizer steps that the trained policy is ahead of the one that sampled, count",
     "rollout/decode_steps": "decode steps of the rollout, count",
     "time/rollout_s": "sampling, seconds",
     "time/reward_s": "rewards, seconds",

@@ -44,6 +44,19 @@ class Places(NamedTuple):
     used: Int[Array, ""]  # micro-batches with rows
 
 
+def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: int, unit: int = 1) -> Packing:
+    """The packing of a batch whose micro-batches have one row a bin at worst; ``bin_length`` 0 is the rows' width.
+
+    Raises ValueError where the longest row does not fit.
+    """
+    rows, width = batch["tokens"].shape
+    if bin_length and bin_length < width:
+        raise ValueError(
+            f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it, or leave it 0"
+        )
+    return Packing(micro_batches, rows // (micro_batches * layout.data_shards), bin_length or width, unit)
+
+
 def place_rows(packing: Packing, lengths: Int[Array, " n"]) -> Places:
     """First fit, longest unit first: each row in the first bin with room, in the first micro-batch that takes its unit.
 

@@ -121,7 +121,12 @@ def _prompt_length(stage: Stage) -> int:
 
 
 def _row_length(stage: Stage) -> int:
-    return _prompt_length(stage) + stage.config.rollout.max_new_tokens if stage.online else stage.config.data.row_length
+    return stage.config.longest_row
+
+
+def _bin_length(stage: Stage) -> int:
+    """Tokens of a row as the model reads it, packed or not."""
+    return stage.config.batch.row_length or _row_length(stage)
 
 
 def bytes_by_owner(stage: Stage) -> list[Owner]:
@@ -180,7 +185,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
     minibatch = stage.rows_per_step // batch.minibatches
     micro = batch.micro_batch_rows or minibatch
     local_rows = micro // layout.data_shards
-    activations = local_rows * (_kept_bytes_a_row(stage) + _row_length(stage) * _backward_column(stage, layout))
+    activations = local_rows * (_kept_bytes_a_row(stage) + _bin_length(stage) * _backward_column(stage, layout))
     # Every data shard needs whole tables and layers: cast, and with their gradient in full precision before it is cut.
     table = c.padded_vocab * c.width // layout.tensor
     tables = table * (2 * wide + item * (wide != item) + wide * (not c.tied_embeddings))
@@ -198,7 +203,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
 
 def _kept_bytes_a_row(stage: Stage) -> int:
     """What the backward pass keeps of a row's forward pass on the device that has the row, by what autodiff says."""
-    session, length = stage.session, _row_length(stage)
+    session, length = stage.session, _bin_length(stage)
     c, layout, trees = session.model.config, session.train, _abstract_trees(stage)
     rows = TRACED_ROWS * layout.data_shards
     batch = {
@@ -245,7 +250,7 @@ def _backward_column(stage: Stage, layout: Layout) -> int:
     """Bytes a token while one layer runs backward, with everything that it computes again."""
     c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
     wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
-    scores = 3 * c.num_heads * min(_row_length(stage), QUERY_CHUNK) * wide
+    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide
     inner = 4 * c.ffn_width * item + 3 * c.num_heads * c.head_dim * wide
     return 4 * c.width * wide + (inner + scores) // layout.tensor
 

@@ -17,7 +17,7 @@ from rljax.losses.kl import k3
 from rljax.losses.masked import count_sequences, count_tokens, masked_sum
 from rljax.models.decoder import Params
 from rljax.optim import state_shardings, tree_norms, update_ratios
-from rljax.packing import Packing, pack, take_packed
+from rljax.packing import make_packing, pack, take_packed
 from rljax.sharding import Layout
 from rljax.types import Outputs, PyTree, Term
 
@@ -33,13 +33,13 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """How one rollout becomes optimizer steps; every field but the last is a count."""
+    """How one rollout becomes optimizer steps."""
 
     epochs: int
     minibatches: int
     micro_batches: int  # a minibatch's rows go through in this many pieces, and packed in no more
     head_from: int
-    bin_length: int = 0  # tokens of the bins that rows are packed in; 0: every row has its own
+    bin_length: int | None = None  # tokens of the bins that rows are packed in, 0: as a row has; None: unpacked
     text_coef: float = 0.0  # of the cross entropy of text that is mixed into every step (PPO-ptx)
 
 
@@ -176,19 +176,11 @@ def _accumulate(
     ``rows_before`` is what the minibatch had before ``prepare``, which drops the same share of every unit.
     """
 
-    whole = minibatch["tokens"].shape[0]
-    packing = Packing(
-        micro_batches=u.plan.micro_batches,
-        bins=whole // (u.plan.micro_batches * u.layout.data_shards),
-        length=u.plan.bin_length,
-        unit=max(1, u.algorithm.unit * whole // rows_before),
-    )
+    unit = max(1, u.algorithm.unit * minibatch["tokens"].shape[0] // rows_before)
 
     def loss(params: dict[str, Params], rows: Batch) -> tuple[Array, tuple[dict, dict]]:
         outputs = tree_outputs(u.forwards, u.algorithm, params, rows, u.plan.head_from)
-        terms = (
-            _real_terms(u.algorithm, packing.unit, outputs, rows) if "real" in rows else u.algorithm.loss(outputs, rows)
-        )
+        terms = _real_terms(u.algorithm, unit, outputs, rows) if "real" in rows else u.algorithm.loss(outputs, rows)
         extra, peaks = _diagnostics(outputs.logprobs, rows)
         value = total(terms, denominators)
         sums = {name: term.numerator / denominators[term.denominator] for name, term in {**terms, **extra}.items()}
@@ -207,7 +199,9 @@ def _accumulate(
     if u.plan.micro_batches == 1:
         gradients, (sums, peaks) = gradient(params, jax.tree.map(lambda x: x[0], cut_rows(minibatch, 1, u.layout)))
         return gradients, sums, peaks
-    if u.plan.bin_length:
+    bins = minibatch["tokens"].shape[0] // (u.plan.micro_batches * u.layout.data_shards)
+    if u.plan.bin_length is not None and bins % unit == 0:
+        packing = make_packing(minibatch, u.layout, u.plan.micro_batches, u.plan.bin_length, unit)
         places = pack(packing, u.layout, minibatch["valid"])
         take = partial(take_packed, packing, u.layout, minibatch, places)
         zeros = _zeros(jax.eval_shape(lambda: gradient(params, take(jnp.int32(0)))))

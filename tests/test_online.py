@@ -151,3 +151,18 @@ def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
     np.testing.assert_array_equal(both.tokens[0::2], alone.tokens[0::2])
     spread = both.behavior_logprobs[1::2][both.loss_mask[1::2]]
     np.testing.assert_allclose(spread, -np.log(18), rtol=1e-5)
+
+
+def test_a_lag_is_what_the_log_says_and_the_old_policy_stays_readable() -> None:
+    """Two updates a rollout: from the second rollout on the sampler is two optimizer steps behind."""
+    stage = open_stage("gspo", **{"rollout.lag": 1})
+    state, metrics = run(stage, start(stage), 2)
+    kept = jax.device_get(state.params["policy"])
+    state, last = run(stage, state, 1)
+    assert [values["rollout/staleness"] for values in metrics + last] == [0, 2, 2]
+    assert metrics[0]["train/first_max_log_ratio"] <= 1e-5
+    assert metrics[1]["train/first_max_log_ratio"] > 1e-3
+    # The update gave the buffers of this policy away; the next rollout is its all the same.
+    assert (int(stage.past[0].step), int(state.step)) == (4, 6)
+    jax.tree.map(np.testing.assert_array_equal, stage.past[0].policy, kept)
+    assert jax.tree.structure(stage.abstract_saved()) == jax.tree.structure(stage.saved(state))

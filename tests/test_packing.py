@@ -11,7 +11,7 @@ from rljax.algos import sft
 from rljax.algos.base import Algorithm, Batch
 from rljax.forward import make_score, make_value
 from rljax.models.params import init_params
-from rljax.packing import Packing, place_rows
+from rljax.packing import Packing, make_packing, place_rows
 from rljax.sharding import to_global
 from rljax.types import Outputs, Term
 from tests.models.tiny import layout, tiny_model
@@ -56,6 +56,13 @@ def test_every_row_has_a_place_of_its_own_beside_its_unit(unit: int, bins: int) 
     assert used[-1] == micro_batches and used[0] < micro_batches
 
 
+def test_rows_longer_than_bins_are_refused() -> None:
+    batch = random_batch(np.random.default_rng(0), 61, [(4, 12)] * 4, P, C)
+    with pytest.raises(ValueError, match=r"batch.row_length is 15 and rows have up to 16 tokens; raise it"):
+        make_packing(batch, layout(), micro_batches=2, bin_length=15)
+    assert make_packing(batch, layout("1,2,1"), micro_batches=2, bin_length=40, unit=1) == Packing(2, 1, 40)
+
+
 def pairs() -> Algorithm:
     """A preference loss: an empty pair would count, with log 2, if it were taken for a real one."""
 
@@ -86,7 +93,7 @@ def test_packed_is_unpacked(name: str, mesh: str) -> None:
         params = init_params(model, place, seed=0, dtype=jnp.float64)
         forward = tiny_forward(model, place, dtype=jnp.float64)
         whole = make_gradient(ALGORITHMS[name], forward, P)
-        packed = make_gradient(ALGORITHMS[name], forward, P, micro_batches=4, bin_length=P + C)
+        packed = make_gradient(ALGORITHMS[name], forward, P, micro_batches=4, bin_length=0)
         before = None
         for lengths in (LENGTHS, [(4, 12)] * 16, LENGTHS[::-1]):
             batch = random_batch(np.random.default_rng(0), 61, lengths, P, C)
@@ -106,10 +113,10 @@ def test_packed_scores_are_unpacked_ones(mesh: str) -> None:
     batch = random_batch(np.random.default_rng(0), 61, LENGTHS, P, C)
     rows = {name: to_global(batch[name], place.rows) for name in ("tokens", "valid")}
     params, critic = (init_params(model, place, seed=0) for model in (MODEL, scalar))
-    whole, packed = (make_score(tiny_forward(MODEL, place), P, 4, length)(params, rows) for length in (0, P + C))
+    whole, packed = (make_score(tiny_forward(MODEL, place), P, 4, length)(params, rows) for length in (None, 0))
     assert np.asarray(whole).any()
     np.testing.assert_allclose(packed, whole, rtol=0, atol=2e-6)
-    values = [make_value(tiny_forward(scalar, place), 4, length)(critic, rows) for length in (0, P + C)]
+    values = [make_value(tiny_forward(scalar, place), 4, length)(critic, rows) for length in (None, 0)]
     mask = batch["loss_mask"]
     np.testing.assert_allclose(np.asarray(values[1][0])[mask], np.asarray(values[0][0])[mask], rtol=0, atol=2e-6)
     real = batch["valid"].any(axis=1)

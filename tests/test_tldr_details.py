@@ -185,7 +185,7 @@ def test_detail_15_the_bias_makes_the_references_mean_0() -> None:
 
 
 def test_detail_16_accuracy_by_batch_and_by_confidence() -> None:
-    """Rewards 3 - 1, 0 - 2 and 1 - 0: two of three right; confidence is the mean of sigmoid |gap|: .8808, .8808, .7311."""
+    """Rewards 3 - 1, 0 - 2 and 1 - 0: two of three right; confidence, sigmoid |gap|: .8808, .8808 and .7311."""
     algorithm = reward_model.make(reward_model.Config(loss="bradley_terry"), group_size=1, max_new_tokens=1)
     rewards = jnp.array([[3.0], [1.0], [0.0], [2.0], [1.0], [0.0]])
     batch = {"loss_mask": jnp.ones((6, 1), bool), "scores": jnp.tile(jnp.array([1.0, 0.0]), 3)}
@@ -195,7 +195,7 @@ def test_detail_16_accuracy_by_batch_and_by_confidence() -> None:
 
 
 def test_detail_17_a_judge_sees_whole_groups() -> None:
-    """Agreement with a judge: a reward with ``batch`` gets all samples of a call, and so can compare those of a group."""
+    """Agreement with a judge: a reward with ``batch`` gets all samples of a call and can compare them."""
 
     class Judge:
         def batch(self, samples: list[Sample]) -> list[float]:

@@ -113,7 +113,7 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 
 def make_gradient(
-    algorithm: Algorithm, forward: Forward, head_from: int, micro_batches: int = 1, bin_length: int = 0
+    algorithm: Algorithm, forward: Forward, head_from: int, micro_batches: int = 1, bin_length: int | None = None
 ) -> Callable[[Params, Batch], tuple[Params, dict[str, np.ndarray]]]:
     """``gradient(params, batch) -> (gradient of the policy, metrics)``, as NumPy, through the real update program."""
     shardings = {"policy": param_shardings(forward.model, forward.layout)}

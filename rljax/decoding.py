@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rljax.losses.logprobs import token_logprobs, truncated_logprobs
 from rljax.sharding import VOCAB_BLOCK
 
 
@@ -86,3 +87,15 @@ def next_tokens(
     support = support_threshold(scaled, sampling) if sampling.truncates else whole
     kept = jnp.where(scaled >= support[:, None], scaled, -jnp.inf)
     return jax.vmap(draw_token)(keys, kept).astype(jnp.int32), support
+
+
+def sample(
+    keys: PRNGKeyArray, logits: Float[Array, "b v"], sampling: Sampling, greedy: Bool[Array, " b"]
+) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """Tokens, the likeliest where ``greedy``; their log-probs by the trainer's function; their support."""
+    tokens, support = next_tokens(keys, logits, sampling)
+    if sampling.greedy_samples:
+        tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(tokens.dtype), tokens)
+    if sampling.truncates:
+        return tokens, truncated_logprobs(logits, tokens, support, sampling.scoring_temperature), support
+    return tokens, token_logprobs(logits, tokens, sampling.scoring_temperature), support

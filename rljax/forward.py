@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.losses.logprobs import chunked_logprobs, reduce_logits_in_chunks
+from rljax.losses.logprobs import LogprobStats, chunked_logprobs, log_normalizer, reduce_logits_in_chunks
+from rljax.losses.preference_variants import log_collision
+from rljax.losses.supervised import mean_logprob
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
-from rljax.sharding import BATCH_AXES, Layout
+from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
+from rljax.sharding import Layout
 from rljax.types import Outputs, PyTree
 
 
@@ -30,121 +32,145 @@ class Forward:
     truncates: bool  # the sampler cut the vocabulary: log-probs are renormalised on each token's stored support
 
     def outputs(self, params: Params, batch: Batch, head_from: int, needs: frozenset[str] = frozenset()) -> Outputs:
-        """Log-probs of ``tokens[:, head_from:]`` in one chunked head pass; zeros before that column.
+        """Log-probs of the tokens from column ``head_from`` on, in one chunked head pass; zeros elsewhere.
 
-        ``needs`` may add "entropy", "full_logprobs" (those of the whole vocabulary where sampling truncates it: a
-        second pass), "topk_logprobs" (of ``batch["teacher_tokens"]``) and "collision".
+        Where the batch has a ``loss_mask`` its tokens alone are looked at. ``needs`` may add "entropy", "full_logprobs"
+        (those of the whole vocabulary where sampling truncates it: a second pass), "topk_logprobs" (of
+        ``batch["teacher_tokens"]``), "collision" and "logit_means".
         """
-        hidden = self.hidden(params, batch)[:, head_from - 1 : -1]
-        table, targets = head_table(params), batch["tokens"][:, head_from:]
-        support = batch["support"][:, head_from:] if self.truncates and "support" in batch else None
-
-        def pad(x: Array) -> Array:
-            return jnp.pad(x, ((0, 0), (head_from, 0)) + ((0, 0),) * (x.ndim - 2))
-
-        def head_pass(support: Array | None, with_entropy: bool) -> tuple[Array, Array | None]:
-            run = self._over_data(partial(self._head_pass, with_entropy))
-            logprobs, entropy = run(table, hidden, targets, support)
-            return pad(logprobs), None if entropy is None else pad(entropy)
-
-        logprobs, entropy = head_pass(support, "entropy" in needs)
-        full = head_pass(None, False)[0] if "full_logprobs" in needs and support is not None else None
-        topk = collision = None
-        if "topk_logprobs" in needs:
-            chosen = batch["teacher_tokens"][:, head_from:]
-            topk = pad(self._over_data(partial(self._reduced, _gather_logprobs))(table, hidden, chosen))
-        if "collision" in needs:
-            collision = pad(self._over_data(partial(self._reduced, _log_collision))(table, hidden, targets))
-        return Outputs(logprobs, entropy, full_logprobs=full, topk_logprobs=topk, collision=collision)
+        run = by_shard(self.layout, partial(self._shard_outputs, head_from, needs), whole=1)
+        return run(head_table(params), self.hidden(params, batch), batch)
 
     def scores(self, params: Params, batch: Batch) -> Float[Array, "b t"] | Float[Array, "b t n"]:
         """What a scalar model says at every token."""
-        return scalar_scores(params, self.hidden(params, batch))
+        scores = scalar_scores(params, self.hidden(params, batch))
+        if "place" not in batch:
+            return scores
+
+        def unbinned(scores: Array, place: Array) -> Array:
+            return scores.reshape(-1, *scores.shape[2:]).at[place].get(mode="fill", fill_value=0)
+
+        return by_shard(self.layout, unbinned)(scores, batch["place"])
 
     def top_k(self, params: Params, batch: Batch, head_from: int, k: int) -> tuple[Array, Array]:
         """The ``k`` likeliest tokens at every position and their log-probs, [b t k]; zeros before ``head_from``."""
-        hidden = self.hidden(params, batch)[:, head_from - 1 : -1]
-        run = self._over_data(partial(self._reduced, partial(_top_k, k)))
-        tokens, logprobs = run(head_table(params), hidden, batch["tokens"][:, head_from:])
-        grow = ((0, 0), (head_from, 0), (0, 0))
-        return jnp.pad(tokens, grow), jnp.pad(logprobs, grow)
+
+        def run(table: Array, hidden: Array, batch: Batch) -> tuple[Array, Array]:
+            reads = _Reads(hidden, batch, head_from)
+            tokens, logprobs = self._reduced(partial(_top_k, k), table, reads, reads.targets)
+            return reads.put(tokens), reads.put(logprobs)
+
+        return by_shard(self.layout, run, whole=1)(head_table(params), self.hidden(params, batch), batch)
 
     def hidden(self, params: Params, batch: Batch) -> Float[Array, "b t d"]:
-        tokens, valid = batch["tokens"], batch["valid"]
-        segments = batch.get("segments", valid.astype(jnp.int32))
-        positions = batch.get("positions", row_positions(valid))
+        """Hidden states of rows, or of the bins that they are packed in."""
+        if "bin_tokens" in batch:
+            tokens, segments, positions = (batch[f"bin_{name}"] for name in ("tokens", "segments", "positions"))
+        else:
+            tokens, valid = batch["tokens"], batch["valid"]
+            segments = batch.get("segments", valid.astype(jnp.int32))
+            positions = batch.get("positions", row_positions(valid))
         return hidden_states(
             self.model, self.layout, params, tokens, segments, positions, dtype=self.dtype, remat=self.remat
         )
 
-    def _over_data(self, run: Callable) -> Callable:
-        """``run(table, *rows)`` on each data shard's own rows."""
-        if self.layout.data_shards == 1:  # XLA cannot partition the derivative where the manual axes have size 1
-            return run
-        rows = PartitionSpec(BATCH_AXES)
+    def _shard_outputs(
+        self, head_from: int, needs: frozenset[str], table: Array, hidden: Array, batch: Batch
+    ) -> Outputs:
+        reads = _Reads(hidden, batch, head_from)
+        support = reads.get(batch["support"]) if self.truncates and "support" in batch else None
 
-        def sharded(table: Array, *arrays: Any) -> Any:
-            return jax.shard_map(
-                run,
-                mesh=self.layout.mesh,
-                in_specs=(PartitionSpec(), *(rows for _ in arrays)),
-                out_specs=rows,
-                axis_names=set(BATCH_AXES),
-                check_vma=False,
-            )(table, *arrays)
+        def head_pass(support: Array | None, with_entropy: bool) -> LogprobStats:
+            return chunked_logprobs(
+                reads.hidden,
+                table,
+                reads.targets,
+                chunk_size=self.logits_chunk,
+                temperature=self.temperature,
+                vocab_size=self.model.config.vocab_size,
+                support=support,
+                with_entropy=with_entropy,
+                count=reads.count,
+            )
 
-        return sharded
+        stats = head_pass(support, "entropy" in needs)
+        outputs = Outputs(reads.put(stats.logprobs), None if stats.entropy is None else reads.put(stats.entropy))
+        if "full_logprobs" in needs and support is not None:
+            outputs = outputs._replace(full_logprobs=reads.put(head_pass(None, False).logprobs))
+        if "topk_logprobs" in needs:
+            chosen = self._reduced(_gather_logprobs, table, reads, reads.get(batch["teacher_tokens"]))
+            outputs = outputs._replace(topk_logprobs=reads.put(chosen))
+        if "collision" in needs:
+            collision = self._reduced(_log_collision, table, reads, reads.targets)
+            outputs = outputs._replace(collision=reads.put(collision))
+        if "logit_means" in needs:
+            mean, normalizer = self._reduced(_logit_means, table, reads, reads.targets)
+            outputs = outputs._replace(mean_logprobs=reads.put(mean), log_normalizers=reads.put(normalizer))
+        return outputs
 
-    def _head_pass(
-        self, with_entropy: bool, table: Array, hidden: Array, targets: Array, support: Array | None
-    ) -> tuple[Array, Array | None]:
-        b, t = targets.shape
-        stats = chunked_logprobs(
-            hidden.reshape(b * t, -1),
-            table,
-            targets.reshape(-1),
-            chunk_size=self.logits_chunk,
-            temperature=self.temperature,
-            vocab_size=self.model.config.vocab_size,
-            support=None if support is None else support.reshape(-1),
-            with_entropy=with_entropy,
-        )
-        return stats.logprobs.reshape(b, t), None if stats.entropy is None else stats.entropy.reshape(b, t)
-
-    def _reduced(self, reducer: Callable, table: Array, hidden: Array, rows: Array) -> Any:
-        """``reducer(logprobs, rows)`` of each chunk, [b t ...]."""
-        b, t = hidden.shape[:2]
+    def _reduced(self, reducer: Callable, table: Array, reads: "_Reads", rows: Array) -> Any:
+        """``reducer(logits, rows)`` of each chunk, [n ...]."""
 
         def reduce(logits: Array, rows: Array) -> Any:
-            return reducer(jax.nn.log_softmax(logits / self.temperature, axis=-1), rows)
+            return reducer(logits / self.temperature, rows)
 
-        flat = reduce_logits_in_chunks(
-            hidden.reshape(b * t, -1),
+        return reduce_logits_in_chunks(
+            reads.hidden,
             table,
             reduce,
-            (rows.reshape(b * t, *rows.shape[2:]),),
+            (rows,),
             chunk_size=self.logits_chunk,
             vocab_size=self.model.config.vocab_size,
         )
-        return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]), flat)
 
 
-def _gather_logprobs(logprobs: Array, tokens: Array) -> Array:
-    return jnp.take_along_axis(logprobs, tokens, axis=-1)
+class _Reads:
+    """On one data shard: the tokens that the head is asked about, in one line, first those that there are."""
+
+    def __init__(self, hidden: Array, batch: Batch, head_from: int):
+        valid = batch["valid"]
+        mask = batch.get("loss_mask", valid) & (jnp.arange(valid.shape[1]) >= head_from)
+        self._shape = mask.shape
+        line = hidden.reshape(-1, hidden.shape[-1])
+        place = batch.get("place", jnp.arange(mask.size).reshape(mask.shape))
+        room = min(mask.shape[0] * (mask.shape[1] - head_from), len(line))
+        self._at = jnp.nonzero(mask.reshape(-1), size=room, fill_value=mask.size)[0]
+        self.count = jnp.sum(mask, dtype=jnp.int32)
+        # A token is predicted by what stands before it.
+        before = place.reshape(-1).at[self._at].get(mode="fill", fill_value=len(line) + 1) - 1
+        self.hidden = line.at[before].get(mode="fill", fill_value=0)
+        self.targets = self.get(batch["tokens"])
+
+    def get(self, x: Float[Array, "b t ..."]) -> Float[Array, "n ..."]:
+        return x.reshape(-1, *x.shape[2:]).at[self._at].get(mode="fill", fill_value=0)
+
+    def put(self, values: Float[Array, "n ..."]) -> Float[Array, "b t ..."]:
+        """Zeros where nothing was asked."""
+        b, t = self._shape
+        line = jnp.zeros((b * t, *values.shape[1:]), values.dtype).at[self._at].set(values, mode="drop")
+        return line.reshape(b, t, *values.shape[1:])
 
 
-def _log_collision(logprobs: Array, tokens: Array) -> Array:
-    return jax.nn.logsumexp(2 * logprobs, axis=-1)
+def _gather_logprobs(logits: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, axis=-1)
 
 
-def _top_k(k: int, logprobs: Array, tokens: Array) -> tuple[Array, Array]:
-    values, chosen = jax.lax.top_k(logprobs, k)
+def _log_collision(logits: Array, tokens: Array) -> Array:
+    return log_collision(logits)
+
+
+def _logit_means(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    return mean_logprob(logits), log_normalizer(logits)
+
+
+def _top_k(k: int, logits: Array, tokens: Array) -> tuple[Array, Array]:
+    values, chosen = jax.lax.top_k(jax.nn.log_softmax(logits), k)
     return chosen.astype(jnp.int32), values
 
 
 def head_needs(algorithm: Algorithm) -> frozenset[str]:
     """What an algorithm's loss reads of the policy's head beside the log-probs."""
-    asked = {"entropy", "collision"} & algorithm.needs
+    asked = {"entropy", "collision", "logit_means"} & algorithm.needs
     asked |= {"full_logprobs"} if "ref_logprobs" in algorithm.needs else set()
     return frozenset(asked | ({"topk_logprobs"} if "teacher_topk" in algorithm.needs else set()))
 
@@ -203,34 +229,73 @@ def join_rows(tree: PyTree, layout: Layout) -> PyTree:
     return jax.tree.map(join, tree)
 
 
-def make_score(forward: Forward, head_from: int, pieces: int) -> Callable[[Params, Batch], Float[Array, "b t"]]:
-    """``score(params, batch) -> logprobs``: teacher-forced log-probs of every row, a piece of the rows at a time."""
-    return _in_pieces(forward, pieces, lambda params, rows: forward.outputs(params, rows, head_from).logprobs)
+def make_score(
+    forward: Forward, head_from: int, pieces: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], Float[Array, "b t"]]:
+    """``score(params, batch) -> logprobs``: teacher-forced log-probs of every row, a piece of the rows at a time.
+
+    With ``bin_length`` rows are packed into bins of that many tokens (0: as many as a row is wide).
+    """
+    return _in_pieces(
+        forward, pieces, bin_length, lambda params, rows: forward.outputs(params, rows, head_from).logprobs
+    )
 
 
-def make_value(forward: Forward, pieces: int) -> Callable[[Params, Batch], tuple[Array, Array]]:
+def make_value(
+    forward: Forward, pieces: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], tuple[Array, Array]]:
     """``value(params, batch) -> (values, final_values)`` of a critic: [b t], and [b] at each row's last token."""
 
     def value(params: Params, rows: Batch) -> tuple[Array, Array]:
         scores = forward.scores(params, rows)
         return as_values(scores), last_scores(scores, rows["valid"])
 
-    return _in_pieces(forward, pieces, value)
+    return _in_pieces(forward, pieces, bin_length, value)
 
 
-def make_reward(forward: Forward, pieces: int) -> Callable[[Params, Batch], Float[Array, " b"]]:
+def make_reward(
+    forward: Forward, pieces: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], Float[Array, " b"]]:
     """``reward(params, batch) -> [b]``: a reward model's score at the last token of every row."""
-    return _in_pieces(forward, pieces, lambda params, rows: last_scores(forward.scores(params, rows), rows["valid"]))
+
+    def reward(params: Params, rows: Batch) -> Array:
+        return last_scores(forward.scores(params, rows), rows["valid"])
+
+    return _in_pieces(forward, pieces, bin_length, reward)
 
 
-def make_teacher(forward: Forward, head_from: int, pieces: int, k: int) -> Callable[[Params, Batch], tuple]:
+def make_teacher(
+    forward: Forward, head_from: int, pieces: int, k: int, bin_length: int | None = None
+) -> Callable[[Params, Batch], tuple]:
     """``teacher(params, batch) -> (tokens, logprobs)``, [b t k]: the likeliest tokens of every position."""
-    return _in_pieces(forward, pieces, lambda params, rows: forward.top_k(params, rows, head_from, k))
+    return _in_pieces(forward, pieces, bin_length, lambda params, rows: forward.top_k(params, rows, head_from, k))
 
 
-def _in_pieces(forward: Forward, pieces: int, run: Callable[[Params, Batch], Any]) -> Callable[[Params, Batch], Any]:
+def _in_pieces(
+    forward: Forward, pieces: int, bin_length: int | None, run: Callable[[Params, Batch], Any]
+) -> Callable[[Params, Batch], Any]:
     def score(params: Params, batch: Batch) -> Any:
-        results = jax.lax.map(partial(run, params), cut_rows(batch, pieces, forward.layout))
-        return join_rows(results, forward.layout)
+        return map_rows(partial(run, params), batch, pieces, bin_length, forward.layout)
 
     return jax.jit(score)
+
+
+def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int | None, layout: Layout) -> Any:
+    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for."""
+    if bin_length is None or pieces == 1:
+        return join_rows(jax.lax.map(run, cut_rows(batch, pieces, layout)), layout)
+    rows = batch["tokens"].shape[0]
+    packing = make_packing(batch, layout, pieces, bin_length)
+    places = pack(packing, layout, batch["valid"])
+
+    def piece(number: Array, results: Any) -> Any:
+        values = run(take_packed(packing, layout, batch, places, number))
+        return put_rows(packing, layout, results, places, number, values)
+
+    shapes = jax.eval_shape(lambda: run(take_packed(packing, layout, batch, places, jnp.int32(0))))
+
+    def nothing(s: jax.ShapeDtypeStruct) -> Array:
+        return layout.constrain(jnp.zeros((rows, *s.shape[1:]), s.dtype), "batch", *(None,) * (len(s.shape) - 1))
+
+    empty = jax.tree.map(nothing, shapes)
+    return jax.lax.fori_loop(0, places.used, piece, empty)

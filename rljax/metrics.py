@@ -51,6 +51,10 @@ _COMPARISONS = {
     "matched_accuracy": "accuracy on those",
     "matched_accuracy_low": "lower end of its 95 % bootstrap interval over rows",
     "matched_accuracy_high": "upper end of its 95 % bootstrap interval over rows",
+    "sample_accuracy": "share of a prompt's samples of unequal true reward that the reward model orders alike",
+    "sample_accuracy_low": "lower end of its 95 % bootstrap interval over prompts",
+    "sample_accuracy_high": "upper end of its 95 % bootstrap interval over prompts",
+    "sample_prompts": "prompts with samples of unequal true reward, count",
     "best_of_{k}": "expected true reward (share right, where judged) of the sample of k that the reward model picks",
 }
 
@@ -87,6 +91,9 @@ METRICS: dict[str, str] = {
     "train/kl": "its KL term, before the coefficient",
     "train/entropy_bonus": "its entropy term, before the coefficient",
     "train/nll": "its negative log-likelihood term, nats a token",
+    "train/dft": "its term of dynamic fine-tuning, where that takes the place of the negative log-likelihood",
+    "train/uniform_nll": "mean negative log-prob over the vocabulary, before label smoothing's weight, nats a token",
+    "train/z_loss": "mean square of the logits' log normaliser, before its coefficient",
     "train/value": "its value term, before the coefficient",
     "train/distillation": "its divergence from the teacher, nats a token",
     "train/value_mean": "mean of what the critic says now",
@@ -131,6 +138,7 @@ METRICS: dict[str, str] = {
     "data/duplicates": "training prompts that occur more than once, count",
     "data/too_long": "prompts left out because they exceed the budget, count",
     "rollout/occupied_slot_share": "share of (slot, decode step) pairs that held an unfinished completion",
+    "rollout/staleness": "optimizer steps that the trained policy is ahead of the one that sampled, count",
     "rollout/decode_steps": "decode steps of the rollout, count",
     "time/rollout_s": "sampling, seconds",
     "time/reward_s": "rewards, seconds",

@@ -24,6 +24,7 @@ SHOWN_PROMPTS = 2
 GIB = 2**30
 # Who holds memory in which phase of a step.
 PHASES = {
+    "reference": ("always", "reference"),
     "prefill": ("always", "rollout", "prefill"),
     "decode": ("always", "rollout", "decode"),
     "update": ("always", "update"),
@@ -80,17 +81,23 @@ def dry_run(session: Session) -> None:
 
 def _print_stage(name: str, stage: Stage) -> None:
     source, batch = stage.source, stage.config.batch
-    print(f"\nstage {name}: {stage.config.steps} steps, {stage.optimizer_steps} optimizer steps; {source.kept}")
-    _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
-    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
-        mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
-        _print_row(stage.session, tokens, valid, mask)
+    told = f"rows from what {', '.join(stage.config.sampled_by)} samples" if source is None else source.kept
+    print(f"\nstage {name}: {stage.config.steps} steps, {stage.optimizer_steps} optimizer steps; {told}")
+    if source is not None:
+        _print_rows(stage.session, source)
     micro = batch.micro_batch_rows or stage.rows_per_step // batch.minibatches
     shape = f"[{stage.rows_per_step}, {_row_length(stage)}]"
     if stage.online:
         r, prompt = stage.config.rollout, _prompt_length(stage)
         shape += f" ({r.prompts_per_step} prompts x {r.group_size}, {prompt} + {r.max_new_tokens} tokens)"
     print(f"  rows {shape}, {batch.minibatches} x {batch.epochs} optimizer steps, micro-batches [{micro}, ...]")
+
+
+def _print_rows(session: Session, source: Any) -> None:
+    _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
+    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
+        mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
+        _print_row(session, tokens, valid, mask)
 
 
 def _print_row(session: Session, tokens: np.ndarray, valid: np.ndarray, mask: np.ndarray) -> None:
@@ -114,7 +121,12 @@ def _prompt_length(stage: Stage) -> int:
 
 
 def _row_length(stage: Stage) -> int:
-    return _prompt_length(stage) + stage.config.rollout.max_new_tokens if stage.online else stage.config.data.row_length
+    return stage.config.longest_row
+
+
+def _bin_length(stage: Stage) -> int:
+    """Tokens of a row as the model reads it, packed or not."""
+    return stage.config.batch.row_length or _row_length(stage)
 
 
 def bytes_by_owner(stage: Stage) -> list[Owner]:
@@ -131,7 +143,8 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     ]
     for name in frozen_sources(stage.config, stage.algorithm):
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
-        owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "always"))
+        once = name == "reference" and stage.caches_reference
+        owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "reference" if once else "always"))
     rows = _decoded_rows(stage)
     return owners + (_rollout_owners(stage, rows) if rows else []) + _update_owners(stage)
 
@@ -172,7 +185,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
     minibatch = stage.rows_per_step // batch.minibatches
     micro = batch.micro_batch_rows or minibatch
     local_rows = micro // layout.data_shards
-    activations = local_rows * (_kept_bytes_a_row(stage) + _row_length(stage) * _backward_column(stage, layout))
+    activations = local_rows * (_kept_bytes_a_row(stage) + _bin_length(stage) * _backward_column(stage, layout))
     # Every data shard needs whole tables and layers: cast, and with their gradient in full precision before it is cut.
     table = c.padded_vocab * c.width // layout.tensor
     tables = table * (2 * wide + item * (wide != item) + wide * (not c.tied_embeddings))
@@ -190,7 +203,7 @@ def _update_owners(stage: Stage) -> list[Owner]:
 
 def _kept_bytes_a_row(stage: Stage) -> int:
     """What the backward pass keeps of a row's forward pass on the device that has the row, by what autodiff says."""
-    session, length = stage.session, _row_length(stage)
+    session, length = stage.session, _bin_length(stage)
     c, layout, trees = session.model.config, session.train, _abstract_trees(stage)
     rows = TRACED_ROWS * layout.data_shards
     batch = {
@@ -237,7 +250,7 @@ def _backward_column(stage: Stage, layout: Layout) -> int:
     """Bytes a token while one layer runs backward, with everything that it computes again."""
     c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
     wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
-    scores = 3 * c.num_heads * min(_row_length(stage), QUERY_CHUNK) * wide
+    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide
     inner = 4 * c.ffn_width * item + 3 * c.num_heads * c.head_dim * wide
     return 4 * c.width * wide + (inner + scores) // layout.tensor
 

@@ -212,6 +212,14 @@ def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
     )
 
 
+def decode_counts(done: Completions) -> tuple[int, int]:
+    """Steps of the longest data shard, and slots times steps over all; of a fixed batch where nobody counted."""
+    host = done.host
+    if host.decode_steps is None:
+        return int(done.lengths.max()), int(done.lengths.max() * done.lengths.size)
+    return int(host.decode_steps.max()), round(float(host.slot_steps.sum(dtype=np.float64)))
+
+
 def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, float]:
     """What a step's completions look like, whatever the algorithm: all of them, kept by dynamic sampling or not."""
 
@@ -220,8 +228,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
 
     rewards, lengths, correct = joined(lambda d: d.rewards), joined(lambda d: d.lengths), joined(lambda d: d.correct)
     nats = -sum(done.host.behavior_logprobs.sum() for done in rounds)
-    steps = [done.lengths.max() for done in rounds]
-    slots = sum(done.lengths.size * count for done, count in zip(rounds, steps, strict=True))
+    steps, slot_steps = zip(*map(decode_counts, rounds), strict=True)
     metrics = {
         "train/reward": rewards.mean(),
         "train/reward_std": rewards.std(),
@@ -231,7 +238,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
         "train/perplexity": np.exp(nats / max(lengths.sum(), 1)),
         "train/reward_failures": sum(done.failures for done in rounds),
         "rollout/decode_steps": sum(steps),
-        "rollout/occupied_slot_share": lengths.sum() / max(slots, 1),
+        "rollout/occupied_slot_share": lengths.sum() / max(sum(slot_steps), 1),
     }
     for name in dict.fromkeys(name for done in rounds for name in done.parts):
         values = np.concatenate([done.part(name) for done in rounds])

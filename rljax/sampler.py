@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rljax.decoding import Sampling, next_tokens, request_key
-from rljax.losses.logprobs import token_logprobs, truncated_logprobs
+from rljax.decoding import Sampling, request_key, sample
 from rljax.models.attention import Cache, cached_attend, visibility
 from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
 from rljax.models.params import param_shardings
+from rljax.refill import RefillPlan, decode_with_refill, step_counts
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import FINISH_END, FINISH_LENGTH, Prompts, Rollout
 
@@ -35,9 +35,19 @@ class DecodeState(NamedTuple):
 
 
 def make_generate(
-    model: Model, train: Layout, decode: Layout, sampling: Sampling, *, dtype: Any, mixture: float | None = None
+    model: Model,
+    train: Layout,
+    decode: Layout,
+    sampling: Sampling,
+    *,
+    dtype: Any,
+    refill: RefillPlan | None = None,
+    mixture: float | None = None,
 ) -> Generate:
     """``generate(params, prompts, key, step_version) -> Rollout``, compiled once for each shape of ``prompts``.
+
+    Without ``refill`` it is the plain path: a fixed batch, as long as its longest row. With it slots take up new
+    requests as answers end, and ``prompts`` come in groups that share one prompt.
 
     Parameters arrive laid out for training, on ``train``'s mesh; inside they are cast to ``dtype`` once and laid out on
     ``decode``'s mesh, another factorisation of the same devices. Data shards decode on their own, each until its last
@@ -52,17 +62,20 @@ def make_generate(
         return jax.lax.with_sharding_constraint(jax.tree.map(lambda x: x.astype(dtype), params), decode_shardings)
 
     def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
-        weights = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
+        weights: Any = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
         prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
+        decode_rows = partial(decode_batch, model, decode, sampling, dtype, shares)
+        if refill is not None and mixture is None:
+            weights, decode_rows = weights[0], partial(decode_with_refill, model, decode, sampling, dtype, refill)
         shard = jax.shard_map(
-            partial(_decode_shard, model, decode, sampling, dtype, shares),
+            decode_rows,
             mesh=decode.mesh,
             in_specs=(PartitionSpec(), rows, PartitionSpec()),
             out_specs=rows,
             axis_names=set(BATCH_AXES),
             check_vma=False,
         )
-        tokens, logprobs, support, sampled, finished = shard(weights, prompts, key)
+        tokens, logprobs, support, sampled, finished, steps, slot_steps = shard(weights, prompts, key)
         prompt_part = jnp.zeros(prompts.tokens.shape, bool)
         rollout = Rollout(
             tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
@@ -75,13 +88,15 @@ def make_generate(
             sample_id=prompts.sample_id,
             group_id=prompts.prompt_id,
             step_version=jnp.full_like(prompts.prompt_id, step_version),
+            decode_steps=steps,
+            slot_steps=slot_steps,
         )
         return jax.lax.with_sharding_constraint(rollout, train.rows)
 
     return jax.jit(generate)
 
 
-def _decode_shard(
+def decode_batch(
     model: Model,
     layout: Layout,
     sampling: Sampling,
@@ -90,7 +105,7 @@ def _decode_shard(
     params: tuple[Params, ...],
     prompts: Prompts,
     key: PRNGKeyArray,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The plain path: a fixed batch, one column of the cache a step, until every row has ended."""
     c = model.config
     b, p = prompts.tokens.shape
@@ -120,14 +135,7 @@ def _decode_shard(
 
     def step(s: DecodeState) -> DecodeState:
         token_keys = jax.vmap(lambda k: jax.random.fold_in(k, s.step))(keys)
-        token, support = next_tokens(token_keys, s.next_logits, sampling)
-        if sampling.greedy_samples:
-            token = jnp.where(greedy, jnp.argmax(s.next_logits, axis=-1).astype(token.dtype), token)
-        temperature = sampling.scoring_temperature
-        if sampling.truncates:
-            logprob = truncated_logprobs(s.next_logits, token, support, temperature)
-        else:
-            logprob = token_logprobs(s.next_logits, token, temperature)
+        token, logprob, support = sample(token_keys, s.next_logits, sampling, greedy)
         ended = jnp.any(token[:, None] == end_ids, axis=-1)
 
         def write(column: Array, value: Array, empty: Any) -> Array:
@@ -164,4 +172,4 @@ def _decode_shard(
         caches=caches,
     )
     end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)
-    return end.tokens, end.logprobs, end.support, end.sampled, end.finished
+    return end.tokens, end.logprobs, end.support, end.sampled, end.finished, *step_counts(b, end.step, end.step * b)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_di
 FROZEN_NEEDS = {"reference": "ref_logprobs", "guide": "guide_logprobs", "teacher": "teacher_topk"}
 
 
+class Snapshot(NamedTuple):
+    """A policy that samples after it was trained on."""
+
+    step: Any  # optimizer steps it had seen
+    policy: Params
+
+
 @dataclass
 class Stage:
     """Built once by ``build_stage``; a step of it reads it."""
@@ -44,6 +51,7 @@ class Stage:
     rival: Generate | None = None  # of the policy mixed with the reference, for the second half of a prompt's samples
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
+    past: list["Snapshot"] = field(default_factory=list)  # the policies that rollouts lag behind for, oldest first
     cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
     last_head_from: int = 1
     _programs: dict[Any, Any] = field(default_factory=dict)
@@ -81,7 +89,30 @@ class Stage:
 
     def start(self, params: dict[str, Params]) -> TrainState:
         """A state at optimizer step 0 that takes over ``params``, by tree: they are donated later on."""
+        if self.online and self.config.rollout.lag:
+            self.past = [self._snapshot(params["policy"], 0)] * self.config.rollout.lag
         return init_state(params, self.shardings(), self.optimizer, self.algorithm.init(), self.session.train)
+
+    # -- policies that sample
+
+    def sampler(self, state: TrainState) -> tuple[Params, int]:
+        """The policy that samples now, and the optimizer step that it is of.
+
+        It is the one that is trained, an earlier one (``rollout.lag``), or the frozen one of a stage that only samples.
+        """
+        if self.past:
+            return self.past[0].policy, int(self.past[0].step)
+        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"], int(state.step)
+
+    def remember(self, state: TrainState) -> None:
+        """A copy of the policy before an update that donates it, where a later rollout is its."""
+        if self.past:
+            self.past = [*self.past[1:], self._snapshot(state.params["policy"], int(state.step))]
+
+    def _snapshot(self, policy: Params, step: int) -> "Snapshot":
+        places = param_shardings(self.session.model, self.session.train)
+        copy = copy_params(policy, places, self.session.dtype)
+        return Snapshot(jax.device_put(jnp.int32(step), self.session.train.replicated), copy)
 
     # -- frozen models
 
@@ -107,16 +138,13 @@ class Stage:
         """The reference stays and so do the rows: each is scored once, and the reference is let go."""
         return not self.online and "ref_logprobs" in self.algorithm.needs and not self.moving_reference
 
-    def sampling_policy(self, state: TrainState) -> Params:
-        """The policy that is trained, or the frozen one of a stage that only samples."""
-        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"]
-
     def reference_logprobs(self, rows: Any, split: str = "train") -> Any:
         """The reference's log-probs of rows of comparisons: those kept, or those of the reference as it is now."""
         layout = self.session.train.rows
         if self.caches_reference:
             return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
-        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        host = {"tokens": rows.tokens, "valid": rows.valid, "loss_mask": rows.loss_mask}
+        batch = {name: to_global(array, layout) for name, array in host.items()}
         return self.program("score_reference", 1)(self.reference, batch)
 
     @property
@@ -138,11 +166,13 @@ class Stage:
     # -- what a checkpoint holds
 
     def saved(self, state: TrainState) -> dict[str, Any]:
-        return {"train": state, **({"reference": self.reference} if self.moving_reference else {})}
+        moving = {"reference": self.reference} if self.moving_reference else {}
+        return {"train": state, **moving, **({"past": self.past} if self.past else {})}
 
     def restored(self, saved: dict[str, Any]) -> TrainState:
         if "reference" in saved:
             self.frozen["reference"] = saved["reference"]
+        self.past = [Snapshot(*snapshot) for snapshot in saved.get("past", [])]
         return saved["train"]
 
     def abstract_saved(self) -> dict[str, Any]:
@@ -154,9 +184,13 @@ class Stage:
         placed = jax.tree.map(_placed, opt_state, state_shardings(opt_state, self.shardings(), everywhere))
         step, algo_state = jax.eval_shape(lambda: (jnp.int32(0), self.algorithm.init()))
         small = jax.tree.map(lambda x: _placed(x, everywhere), (step, algo_state))
-        saved = {"train": TrainState(small[0], params, placed, small[1])}
-        moving = {"reference": session.abstract_policy(self.frozen_dtype("reference"))}
-        return {**saved, **moving} if self.moving_reference else saved
+        saved: dict[str, Any] = {"train": TrainState(small[0], params, placed, small[1])}
+        if self.moving_reference:
+            saved["reference"] = session.abstract_policy(self.frozen_dtype("reference"))
+        if self.online and self.config.rollout.lag:
+            snapshot = Snapshot(small[0], session.abstract_policy(session.dtype))
+            saved["past"] = [snapshot] * self.config.rollout.lag
+        return saved
 
     # -- compiled programs
 
@@ -176,20 +210,26 @@ class Stage:
         micro_rows = batch.micro_batch_rows or rows
         scored_rows = self.config.rollout_rows if self.online else self.rows_per_step
         pieces = max(scored_rows // micro_rows, 1)
+        bin_length = batch.row_length if batch.pack else None
         if kind.startswith("score_"):
-            return make_score(self.forwards[kind.removeprefix("score_")], head_from, pieces)
+            return make_score(self.forwards[kind.removeprefix("score_")], head_from, pieces, bin_length)
         if kind == "values":
-            return make_value(self.forwards["critic"], pieces)
+            return make_value(self.forwards["critic"], pieces, bin_length)
         if kind == "reward":
-            return make_reward(self.forwards["reward_model"], pieces)
+            return make_reward(self.forwards["reward_model"], pieces, bin_length)
         if kind == "teacher":
             k = min(self.config.teacher_top_k, self.session.model.config.vocab_size)
-            return make_teacher(self.forwards["teacher"], head_from, pieces, k)
+            return make_teacher(self.forwards["teacher"], head_from, pieces, k, bin_length)
         if kind == "targets":
             assert self.algorithm.targets is not None  # an online stage
             return jax.jit(self.algorithm.targets)
         plan = UpdatePlan(
-            batch.epochs, batch.minibatches, rows // micro_rows, head_from, text_coef=self.config.text_mix.coef
+            epochs=batch.epochs,
+            minibatches=batch.minibatches,
+            micro_batches=rows // micro_rows,
+            head_from=head_from,
+            bin_length=bin_length,
+            text_coef=self.config.text_mix.coef,
         )
         trained = {tree: self.forwards[tree] for tree in self.algorithm.trains}
         shardings = jax.tree.map(lambda x: x.sharding, state)

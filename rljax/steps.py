@@ -12,13 +12,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from rljax.algos.base import Algorithm, Batch, total
-from rljax.forward import Forward, cut_rows, join_rows, take_rows, tree_outputs
+from rljax.forward import Forward, cut_rows, map_rows, take_rows, tree_outputs
 from rljax.losses.kl import k3
 from rljax.losses.masked import count_sequences, count_tokens, masked_sum
 from rljax.models.decoder import Params
 from rljax.optim import state_shardings, tree_norms, update_ratios
+from rljax.packing import make_packing, pack, take_packed
 from rljax.sharding import Layout
-from rljax.types import PyTree, Term
+from rljax.types import Outputs, PyTree, Term
 
 
 class TrainState(NamedTuple):
@@ -32,12 +33,13 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """How one rollout becomes optimizer steps; every field but the last is a count."""
+    """How one rollout becomes optimizer steps."""
 
     epochs: int
     minibatches: int
-    micro_batches: int  # a minibatch's rows go through in this many pieces
+    micro_batches: int  # a minibatch's rows go through in this many pieces, and packed in no more
     head_from: int
+    bin_length: int | None = None  # tokens of the bins that rows are packed in, 0: as a row has; None: unpacked
     text_coef: float = 0.0  # of the cross entropy of text that is mixed into every step (PPO-ptx)
 
 
@@ -117,12 +119,13 @@ def _optimizer_step(
     u: Update, state: TrainState, inputs: tuple[Batch, PRNGKeyArray, Batch | None]
 ) -> tuple[TrainState, dict[str, Array]]:
     minibatch, key, text = inputs
+    rows_before = minibatch["tokens"].shape[0]
     if "current_logprobs" in u.algorithm.needs:
         minibatch = {**minibatch, "current_logprobs": _current_logprobs(u, state.params["policy"], minibatch)}
     algo_state, minibatch, denominators = u.algorithm.prepare(state.algo_state, minibatch, key)
     denominators = {"tokens": count_tokens(minibatch["loss_mask"]), **denominators}
     denominators = {name: jnp.maximum(value, 1) for name, value in denominators.items()}
-    gradients, sums, peaks = _accumulate(u, state.params, minibatch, denominators)
+    gradients, sums, peaks = _accumulate(u, state.params, minibatch, denominators, rows_before)
     if text is not None:
         more, nll = _text_gradients(u, state.params["policy"], text)
         gradients = {**gradients, "policy": jax.tree.map(jnp.add, gradients["policy"], more)}
@@ -145,9 +148,11 @@ def _optimizer_step(
 
 def _current_logprobs(u: Update, policy: Params, minibatch: Batch) -> Array:
     """The policy's log-probs of the whole minibatch before the step: for statistics that cross rows."""
-    forward, head_from = u.forwards["policy"], u.plan.head_from
-    pieces = cut_rows(minibatch, u.plan.micro_batches, u.layout)
-    return join_rows(jax.lax.map(lambda rows: forward.outputs(policy, rows, head_from).logprobs, pieces), u.layout)
+
+    def logprobs(rows: Batch) -> Array | None:
+        return u.forwards["policy"].outputs(policy, rows, u.plan.head_from).logprobs
+
+    return map_rows(logprobs, minibatch, u.plan.micro_batches, u.plan.bin_length, u.layout)
 
 
 def _text_gradients(u: Update, policy: Params, text: Batch) -> tuple[Params, Array]:
@@ -164,13 +169,18 @@ def _text_gradients(u: Update, policy: Params, text: Batch) -> tuple[Params, Arr
 
 
 def _accumulate(
-    u: Update, params: dict[str, Params], minibatch: Batch, denominators: dict[str, Array]
+    u: Update, params: dict[str, Params], minibatch: Batch, denominators: dict[str, Array], rows_before: int
 ) -> tuple[PyTree, dict[str, Array], dict[str, Array]]:
-    """Gradients, metrics that add and metrics that take the largest, over the micro-batches of one step."""
+    """Gradients, metrics that add and metrics that take the largest, over the micro-batches of one step.
+
+    ``rows_before`` is what the minibatch had before ``prepare``, which drops the same share of every unit.
+    """
+
+    unit = max(1, u.algorithm.unit * minibatch["tokens"].shape[0] // rows_before)
 
     def loss(params: dict[str, Params], rows: Batch) -> tuple[Array, tuple[dict, dict]]:
         outputs = tree_outputs(u.forwards, u.algorithm, params, rows, u.plan.head_from)
-        terms = u.algorithm.loss(outputs, rows)
+        terms = _real_terms(u.algorithm, unit, outputs, rows) if "real" in rows else u.algorithm.loss(outputs, rows)
         extra, peaks = _diagnostics(outputs.logprobs, rows)
         value = total(terms, denominators)
         sums = {name: term.numerator / denominators[term.denominator] for name, term in {**terms, **extra}.items()}
@@ -178,21 +188,47 @@ def _accumulate(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def micro_batch(carry: tuple, rows: Batch) -> tuple[tuple, None]:
+    def add(carry: tuple, rows: Batch) -> tuple:
         gradients, (sums, peaks) = gradient(params, rows)
         return (
             jax.tree.map(jnp.add, carry[0], gradients),
             jax.tree.map(jnp.add, carry[1], sums),
             jax.tree.map(jnp.maximum, carry[2], peaks),
-        ), None
+        )
 
-    pieces = cut_rows(minibatch, u.plan.micro_batches, u.layout)
     if u.plan.micro_batches == 1:
-        gradients, (sums, peaks) = gradient(params, jax.tree.map(lambda x: x[0], pieces))
+        gradients, (sums, peaks) = gradient(params, jax.tree.map(lambda x: x[0], cut_rows(minibatch, 1, u.layout)))
         return gradients, sums, peaks
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-    return jax.lax.scan(micro_batch, zeros, pieces)[0]
+    bins = minibatch["tokens"].shape[0] // (u.plan.micro_batches * u.layout.data_shards)
+    if u.plan.bin_length is not None and bins % unit == 0:
+        packing = make_packing(minibatch, u.layout, u.plan.micro_batches, u.plan.bin_length, unit)
+        places = pack(packing, u.layout, minibatch["valid"])
+        take = partial(take_packed, packing, u.layout, minibatch, places)
+        zeros = _zeros(jax.eval_shape(lambda: gradient(params, take(jnp.int32(0)))))
+        return jax.lax.fori_loop(0, places.used, lambda number, carry: add(carry, take(number)), zeros)
+    pieces = cut_rows(minibatch, u.plan.micro_batches, u.layout)
+    zeros = _zeros(jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], pieces)))
+    return jax.lax.scan(lambda carry, rows: (add(carry, rows), None), zeros, pieces)[0]
+
+
+def _zeros(shapes: tuple) -> tuple:
+    """Where gradients, sums and peaks begin."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+
+
+def _real_terms(algorithm: Algorithm, unit: int, outputs: Outputs, rows: Batch) -> dict[str, Term]:
+    """The terms of a micro-batch that has empty rows beside its real ones: numerators are sums over units."""
+    named: dict[str, Term] = {}
+    of_rows = {name: x for name, x in rows.items() if not name.startswith("bin_")}
+    units = jax.tree.map(lambda x: x.reshape(-1, unit, *x.shape[1:]), (outputs, of_rows))
+
+    def numerators(outputs: Outputs, rows: Batch) -> dict[str, Array]:
+        named.update(algorithm.loss(outputs, rows))
+        return {name: term.numerator for name, term in named.items()}
+
+    each = jax.vmap(numerators)(*units)
+    real = rows["real"].reshape(-1, unit)[:, 0]
+    return {name: named[name]._replace(numerator=jnp.sum(jnp.where(real, x, 0))) for name, x in each.items()}
 
 
 def _diagnostics(logprobs: Array | None, rows: Batch) -> tuple[dict[str, Term], dict[str, Array]]:

@@ -1,4 +1,4 @@
-"""Every online algorithm in the real loop, on eight devices: two steps of two updates, ratios, frozen models, critics."""
+"""Every online algorithm in the real loop, on eight devices: two steps of two updates, ratios, frozen models."""
 
 from functools import cache
 from typing import Any
@@ -96,7 +96,14 @@ def moved(before: Any, after: Any) -> bool:
     return any((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+# Each compiles programs of its own; the critic's phase below has PPO's.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("online_dpo", "nash_md", "gspo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALGORITHMS
+    ],
+)
 def test_two_steps(name: str) -> None:
     """Every tree moves, no frozen model does; ratios are 1 in the first update of a rollout and not in the second."""
     stage = open_stage(name)
@@ -125,12 +132,13 @@ def test_a_critic_only_phase_leaves_the_policy_as_it_is() -> None:
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], before["policy"])
     assert moved(before["critic"], state.params["critic"])
     assert metrics[0]["train/learning_rate"] == 0 < metrics[0]["train/learning_rate/critic"]
-    state, _ = run(stage, state, 1)
+    state, metrics = run(stage, state, 1)
     assert moved(before["policy"], state.params["policy"])
+    assert metrics[0]["train/first_max_log_ratio"] <= 1e-5 and metrics[0]["train/max_log_ratio"] > 1e-4
 
 
 def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
-    """A reference that always says the end token's neighbour: its rows are of it alone, the policy's are as without."""
+    """With a reference whose weights are 0 the second halves come from an even distribution over 18 tokens."""
     stage = open_stage("xpo")
     state = start(stage)
     position = DataPosition()
@@ -143,3 +151,18 @@ def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
     np.testing.assert_array_equal(both.tokens[0::2], alone.tokens[0::2])
     spread = both.behavior_logprobs[1::2][both.loss_mask[1::2]]
     np.testing.assert_allclose(spread, -np.log(18), rtol=1e-5)
+
+
+def test_a_lag_is_what_the_log_says_and_the_old_policy_stays_readable() -> None:
+    """Two updates a rollout: from the second rollout on the sampler is two optimizer steps behind."""
+    stage = open_stage("gspo", **{"rollout.lag": 1})
+    state, metrics = run(stage, start(stage), 2)
+    kept = jax.device_get(state.params["policy"])
+    state, last = run(stage, state, 1)
+    assert [values["rollout/staleness"] for values in metrics + last] == [0, 2, 2]
+    assert metrics[0]["train/first_max_log_ratio"] <= 1e-5
+    assert metrics[1]["train/first_max_log_ratio"] > 1e-3
+    # The update gave the buffers of this policy away; the next rollout is its all the same.
+    assert (int(stage.past[0].step), int(state.step)) == (4, 6)
+    jax.tree.map(np.testing.assert_array_equal, stage.past[0].policy, kept)
+    assert jax.tree.structure(stage.abstract_saved()) == jax.tree.structure(stage.saved(state))

@@ -113,11 +113,11 @@ KEEP_GRADIENT = optax.GradientTransformation(
 
 
 def make_gradient(
-    algorithm: Algorithm, forward: Forward, head_from: int, micro_batches: int = 1
+    algorithm: Algorithm, forward: Forward, head_from: int, micro_batches: int = 1, bin_length: int | None = None
 ) -> Callable[[Params, Batch], tuple[Params, dict[str, np.ndarray]]]:
     """``gradient(params, batch) -> (gradient of the policy, metrics)``, as NumPy, through the real update program."""
     shardings = {"policy": param_shardings(forward.model, forward.layout)}
-    plan = UpdatePlan(epochs=1, minibatches=1, micro_batches=micro_batches, head_from=head_from)
+    plan = UpdatePlan(1, 1, micro_batches, head_from, bin_length)
     programs: dict[str, Any] = {}
 
     def gradient(params: Params, batch: Batch) -> tuple[Params, dict[str, np.ndarray]]:

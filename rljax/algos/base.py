@@ -16,7 +16,8 @@ class Algorithm(NamedTuple):
     """``targets`` and ``loss`` are the core; the trainer does the rest.
 
     needs: what the trainer computes once per rollout or asks of a pass: "ref_logprobs", "proximal_logprobs",
-        "values", "guide_logprobs", "teacher_topk", "dense_rewards"; "entropy", "collision"; "current_logprobs".
+        "values", "guide_logprobs", "teacher_topk", "dense_rewards"; "entropy", "collision", "logit_means" (of
+        ``mean_logprobs`` and ``log_normalizers``); "current_logprobs".
     init: the algorithm's own state, part of the checkpoint; () where it has none.
     targets: once on the whole global rollout; may return fewer rows. Offline algorithms have none: their rows are
         batches as they are.

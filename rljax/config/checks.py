@@ -152,6 +152,13 @@ def _check_stage(stage: StageConfig, where: str) -> None:
         )
     if not stage.data.prompt_lengths:
         raise ConfigError(f"{where}.data.prompt_lengths is empty; give one length or more, in tokens")
+    if b.row_length and b.row_length < stage.longest_row:
+        raise ConfigError(
+            f"{where}.batch.row_length {b.row_length} is shorter than the {stage.longest_row} tokens that a sequence "
+            "can have; raise it, or leave it 0"
+        )
+    if b.row_length and not b.pack:
+        raise ConfigError(f"{where}.batch.row_length is not read: {where}.batch.pack is off")
     try:
         make_schedule(stage.optim, max(stage.optimizer_steps, 1))
     except ValueError as error:

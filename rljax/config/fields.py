@@ -125,6 +125,7 @@ class RolloutConfig:
         "all"  # mixed: refill until prompts_per_step groups have both right and wrong
     )
     max_rounds: Positive = 1  # of refilling
+    lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,8 @@ class BatchConfig:
     epochs: Positive = 1  # passes over the rows
     minibatches: Positive = 1  # optimizer steps a pass
     micro_batch_rows: Count = 0  # sequences a forward and backward pass, over all devices; 0: the whole minibatch
+    pack: bool = True  # let short sequences share a row, so that micro-batches get fewer; the numbers stay the same
+    row_length: Count = 0  # tokens of such a row; 0: the longest that a sequence can be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +241,12 @@ class StageConfig:
     @property
     def rollout_rows(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that a sequence can have."""
+        online = max(self.data.prompt_lengths) + self.rollout.max_new_tokens
+        return online if self.is_online else self.data.row_length
 
     @property
     def rows_per_step(self) -> int:

@@ -94,6 +94,7 @@ def chunked_logprobs(
     vocab_size: int | None = None,
     support: Float[Array, " n"] | None = None,
     with_entropy: bool = False,
+    count: Int[Array, ""] | None = None,
 ) -> LogprobStats:
     """Log-probs (on ``support`` if given) and entropy (of the full distribution) of ``targets``; no [n, v] buffer.
 
@@ -103,13 +104,21 @@ def chunked_logprobs(
     in ``hidden``'s dtype and accumulate in float32, and so does the gradient of ``head``. Under ``jit`` it follows the
     shardings of ``hidden`` over n and ``head`` over v; inside ``shard_map`` over the data axes the gradient of ``head``
     is reduced once instead of once a chunk.
+
+    With ``count`` only that many tokens, the first, are looked at, in both directions and known at run time only: the
+    others get 0 and cost nothing.
     """
     _check(hidden, head, chunk_size, vocab_size, temperature)
     head = _varying_like(head, hidden)
-    options = _Options(chunk_size, temperature, vocab_size or head.shape[0], support is not None, with_entropy)
+    n = hidden.shape[0]
+    options = _Options(
+        chunk_size, temperature, vocab_size or head.shape[0], support is not None, with_entropy, count is not None
+    )
     if support is None:
         support = jnp.zeros(targets.shape, jnp.float32)  # not read
-    logprobs, entropies = _chunked(options, hidden, head, targets, support)
+    logprobs, entropies = _chunked(options, hidden, head, targets, support, jnp.int32(n) if count is None else count)
+    if count is not None:
+        logprobs, entropies = (jnp.where(jnp.arange(n) < count, x, 0) for x in (logprobs, entropies))
     return LogprobStats(logprobs, entropies if with_entropy else None)
 
 
@@ -190,6 +199,7 @@ class _Options(NamedTuple):
     vocab_size: int
     truncated: bool
     with_entropy: bool
+    counted: bool  # how many tokens there are is known at run time
 
 
 def _scaled_logits(options: _Options, hidden: Array, head: Array) -> Array:
@@ -197,30 +207,31 @@ def _scaled_logits(options: _Options, hidden: Array, head: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(options: _Options, hidden: Array, head: Array, targets: Array, support: Array) -> tuple[Array, Array]:
-    return _chunked_fwd(options, hidden, head, targets, support)[0]
+def _chunked(
+    options: _Options, hidden: Array, head: Array, targets: Array, support: Array, count: Array
+) -> tuple[Array, Array]:
+    return _chunked_fwd(options, hidden, head, targets, support, count)[0]
 
 
-def _chunked_fwd(options, hidden, head, targets, support):
+def _chunked_fwd(options, hidden, head, targets, support, count):
     compute_head = head.astype(hidden.dtype)
 
-    def chunk(arrays):
+    def chunk(_, arrays):
         hidden_chunk, targets_chunk, support_chunk = arrays
         scaled = _scaled_logits(options, hidden_chunk, compute_head)
         is_token = _is_token(scaled, targets_chunk)
         full = log_normalizer(scaled)
         kept = log_normalizer(_keep(scaled, support_chunk, is_token)) if options.truncated else full
         nats = _entropy(scaled, full) if options.with_entropy else jnp.zeros_like(full)
-        return _select(scaled, is_token) - kept, nats, full, kept
+        return None, (_select(scaled, is_token) - kept, nats, full, kept)
 
-    split = partial(_split, chunk_size=options.chunk_size)
-    results = lax.map(chunk, (split(hidden), split(targets), split(support)))
-    logprobs, nats, full, kept = (_join(x, hidden.shape[0]) for x in results)
-    return (logprobs, nats), (hidden, head, targets, support, full, kept, nats)
+    _, results = _scan_chunks(options, chunk, None, (hidden, targets, support), count)
+    logprobs, nats, full, kept = results
+    return (logprobs, nats), (hidden, head, targets, support, count, full, kept, nats)
 
 
 def _chunked_bwd(options, saved, cotangents):
-    hidden, head, targets, support, full, kept, nats = saved
+    hidden, head, targets, support, count, full, kept, nats = saved
     compute_head = head.astype(hidden.dtype)
 
     def chunk(d_head, arrays):
@@ -236,11 +247,33 @@ def _chunked_bwd(options, saved, cotangents):
         d_hidden, d_head_chunk = _product_transposed(d_scaled / options.temperature, hidden_chunk, compute_head)
         return d_head + d_head_chunk, d_hidden
 
-    split = partial(_split, chunk_size=options.chunk_size)
-    chunks = jax.tree.map(split, (hidden, targets, support, full, kept, nats, *cotangents))
-    start = jnp.zeros_like(head, dtype=full.dtype)
-    d_head, d_hidden = lax.scan(chunk, start, chunks)
-    return _join(d_hidden, hidden.shape[0]), d_head.astype(head.dtype), None, jnp.zeros_like(support)
+    arrays = (hidden, targets, support, full, kept, nats, *cotangents)
+    d_head, d_hidden = _scan_chunks(options, chunk, jnp.zeros_like(head, dtype=full.dtype), arrays, count)
+    return d_hidden, d_head.astype(head.dtype), None, jnp.zeros_like(support), None
+
+
+def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[Array, ...], count: Array) -> Any:
+    """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; where n is counted, over those with tokens only."""
+    n = arrays[0].shape[0]
+    if not options.counted:
+        carry, results = lax.scan(chunk, carry, tuple(_split(x, options.chunk_size) for x in arrays))
+        return carry, jax.tree.map(partial(_join, n=n), results)
+    rows = -(-n // max(1, -(-n // options.chunk_size)))
+    padded = tuple(jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+
+    def cut(start: Array) -> tuple[Array, ...]:
+        return tuple(lax.dynamic_slice_in_dim(x, start, rows) for x in padded)
+
+    def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, results = chunk(state[0], cut(number * rows))
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * rows, axis=0)
+        return carry, jax.tree.map(write, state[1], results)
+
+    shapes = jax.eval_shape(lambda: chunk(carry, cut(0))[1])
+    empty = jax.tree.map(lambda s: jnp.zeros((padded[0].shape[0], *s.shape[1:]), s.dtype), shapes)
+    used = (count + rows - 1) // rows
+    carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))
+    return carry, jax.tree.map(lambda x: x[:n], results)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)

@@ -32,13 +32,16 @@ def attention(
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped kv heads; scores and softmax in float32. A query that sees nothing gets a mean."""
     b, t, n, h = q.shape
-    groups = q.reshape(b, t, k.shape[1], n // k.shape[1], h)
+    kv, s = k.shape[1:3]
+    # One free axis on either side of a product: XLA on CPUs has no bfloat16 product with two (jaxlib 0.10).
+    grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
     wide = wide_dtype(q.dtype)
-    scores = contract("btkgh,bksh->bkgts", groups, k, wide) * scale
+    scores = (contract("bkmh,bksh->bkms", grouped, k, wide) * scale).reshape(b, kv, n // kv, t, s)
     # Finite, so that rows of padding stay finite and their zero cotangents do not become NaN.
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min / 2)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return contract("bkgts,bksh->btkgh", weights, v, q.dtype).reshape(b, t, n, h)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b, kv, -1, s)
+    out = contract("bkms,bksh->bkmh", weights, v, q.dtype).reshape(b, kv, n // kv, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def visibility(

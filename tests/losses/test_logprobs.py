@@ -104,6 +104,31 @@ def test_chunked_equals_dense_in_float64(chunk_size, truncated):
         np.testing.assert_array_equal(actual[3][V:], 0.0)
 
 
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 23])
+def test_counted_tokens_are_the_dense_ones_and_the_rest_is_nothing(count):
+    """Values and gradients of a loss of the first ``count`` tokens, in chunks of 8: the others are not looked at."""
+    with jax.enable_x64(True):
+        hidden, head, targets, weights, support = inputs(jnp.float64)
+        spoilt = hidden.at[count:].set(jnp.nan) if count % 8 == 0 else hidden  # a chunk is computed whole
+
+        def loss(hidden, head, count):
+            stats = chunked_logprobs(
+                hidden, head, targets, chunk_size=8, vocab_size=V, support=support, with_entropy=True, count=count
+            )
+            return jnp.sum(weights[0] * stats.logprobs + weights[1] * stats.entropy), stats
+
+        def expected(hidden, head):
+            logprobs, nats = dense(hidden, head, targets, support=support)
+            return jnp.sum((weights[0] * logprobs + weights[1] * nats)[:count])
+
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (value, stats), gradients = program(spoilt, head, jnp.int32(count))
+        np.testing.assert_allclose(value, expected(hidden, head), rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(gradients, jax.grad(expected, argnums=(0, 1))(hidden, head), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+        assert not np.asarray(stats.logprobs)[count:].any() and not np.asarray(stats.entropy)[count:].any()
+
+
 def test_chunked_equals_dense_in_float32():
     hidden, head, targets, weights, _ = inputs(jnp.float32)
     chunked = partial(chunked_logprobs, targets=targets, chunk_size=6, vocab_size=V, with_entropy=True)

@@ -2,8 +2,8 @@
 
     python -m rljax.data.tldr --input=RAW.jsonl --output=tldr/train.jsonl --tokenizer=FOLDER
 
-Rows in have ``subreddit, title, post, summary``; rows out ``prompt, solution``. With ``summaries`` and ``choice``, and no
-``summary``, they are comparisons: ``prompt, chosen, rejected``.
+Rows in have ``subreddit, title, post, summary``; rows out ``prompt, solution``. With ``summaries`` and ``choice``
+instead of a summary they are comparisons: ``prompt, chosen, rejected``.
 """
 
 import json

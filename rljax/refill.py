@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rljax.decoding import Sampling, request_key, sample
+from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import Attend, Cache, attention, replicate_kv, visibility
-from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import contract, wide_dtype
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
@@ -32,7 +32,7 @@ class Slots(NamedTuple):
     age: Int[Array, " s"]  # tokens of its completion so far
     running: Bool[Array, " s"]
     hidden: Float[Array, "s d"]  # predicts its next token
-    cache: Cache  # [L, S, K, C, H], the ring
+    cache: Cache | list[Cache]  # [L, S, K, C, H], the ring
 
 
 class Entries(NamedTuple):
@@ -42,7 +42,7 @@ class Entries(NamedTuple):
     open: Int[Array, " q"]  # samples of it that have not ended; an entry with none is free
     valid: Bool[Array, "q p"]
     hidden: Float[Array, "q d"]  # predicts the first token of a completion
-    cache: Cache  # [L, Q, K, P, H]
+    cache: Cache | list[Cache]  # [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
 
 
 class Written(NamedTuple):
@@ -138,7 +138,6 @@ def _start(r: Refill, slots: int) -> Loop:
     c, count = r.model.config, r.queue.tokens.shape[0]
     width = r.queue.tokens.shape[1]
     entries = min(count, slots if r.plan.group == 1 else -(-slots // r.plan.group) + 1)
-    numbers = jax.eval_shape(partial(logits, r.model), r.params, jnp.zeros((1, c.width), r.dtype)).dtype
     empty = Entries(
         prompt=jnp.arange(entries, dtype=jnp.int32),
         open=jnp.full(entries, r.plan.group, jnp.int32),
@@ -159,13 +158,13 @@ def _start(r: Refill, slots: int) -> Loop:
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
             hidden=jnp.zeros((slots, c.width), r.dtype),
-            cache=empty_cache(r.model, r.layout, slots, r.budget, r.dtype),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
         ),
         entries=empty._replace(hidden=hidden, cache=cache),
         written=Written(
             tokens=jnp.zeros((r.requests, r.budget), jnp.int32),
-            logprobs=jnp.zeros((r.requests, r.budget), numbers),
-            support=jnp.full((r.requests, r.budget), -jnp.inf, numbers),
+            logprobs=jnp.zeros((r.requests, r.budget), wide_dtype(r.dtype)),
+            support=jnp.full((r.requests, r.budget), -jnp.inf, wide_dtype(r.dtype)),
             lengths=jnp.zeros(r.requests, jnp.int32),
             finished=jnp.zeros(r.requests, bool),
         ),
@@ -184,9 +183,10 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         s = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
         s = _admitted(r, s)
     slots, cursor = s.slots, s.step % r.budget
-    scores = logits(r.model, r.params, slots.hidden)
     keys = jax.vmap(jax.random.fold_in)(r.keys[slots.request], slots.age)
-    token, logprob, support = sample(keys, scores, r.sampling, r.greedy[slots.request])
+    scores = vocabulary_logits(r.model, r.params, slots.hidden)
+    greedy = r.greedy[slots.request] if r.sampling.greedy_samples else None
+    token, logprob, support = draw(keys, scores, r.sampling, greedy)
     ended = jnp.any(token[:, None] == jnp.asarray(r.sampling.end_ids, jnp.int32), axis=-1)
     at = jnp.where(slots.running, slots.request, r.requests)  # out of bounds: not written
     put = partial(_put, at, slots.age)
@@ -199,14 +199,14 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
     done = slots.running & (ended | (slots.age + 1 >= r.budget))
-    hidden, cache = _read(r, s, token, cursor)
+    hidden, ring = _read(r, s, token, cursor)
     after = Slots(
         request=slots.request,
         entry=slots.entry,
         age=slots.age + 1,
         running=slots.running & ~done,
         hidden=hidden,
-        cache=cache,
+        cache=ring,
     )
     s = s._replace(
         step=s.step + 1,
@@ -286,20 +286,24 @@ def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
 
 def _taken(of: Any, kept: Array) -> Any:
     """Slots or entries by number."""
-    cache = Cache(*(x[:, kept] for x in of.cache))
+    cache = jax.tree.map(lambda x: x[:, kept], of.cache)
     return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
 
 
-def _entry_cache(r: Refill, entries: int, width: int) -> Cache:
+def _stacks(r: Refill, cache: Cache) -> Cache | list[Cache]:
+    return by_layer(cache) if r.layout.on_cpu else cache
+
+
+def _entry_cache(r: Refill, entries: int, width: int) -> Cache | list[Cache]:
     """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
     cache = empty_cache(r.model, r.layout, entries, width, r.dtype)
     if r.plan.group == 1:
-        return cache
+        return _stacks(r, cache)
     turned = (x.swapaxes(1, 2) for x in cache)
-    return Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned))
+    return _stacks(r, Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned)))
 
 
-def _prefill(r: Refill, cache: Cache, prompts: Prompts, at: Array) -> tuple[Float[Array, "q d"], Cache]:
+def _prefill(r: Refill, cache: Cache | list[Cache], prompts: Prompts, at: Array) -> tuple[Float[Array, "q d"], Any]:
     """Prompts through the model into the entries from ``at`` on; what predicts their first tokens."""
     c = r.model.config
     segments, positions = prompts.valid.astype(jnp.int32), row_positions(prompts.valid)
@@ -323,7 +327,7 @@ def _written(cache: Cache, k: Array, v: Array, at: tuple) -> Cache:
     return Cache(*(jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in pairs))
 
 
-def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Cache]:
+def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:
     """Every slot's token through the model, against its prompt and its own columns of the ring."""
     c, slots, entries = r.model.config, s.slots, s.entries
     positions = row_positions(entries.valid)
@@ -338,14 +342,24 @@ def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array,
     if c.sliding_window is not None:
         in_ring &= back < c.sliding_window
         in_prompt &= distance < c.sliding_window
-    attend = _attend_both(r, entries.cache, cursor, in_prompt, in_ring)
-    hidden, cache = forward(
-        r.model, r.layout, r.params, token[:, None], position[:, None], attend, slots.cache, dtype=r.dtype
+    attend = _attend_both(r, cursor, in_prompt, in_ring)
+    memory: Any = Memory(slots.cache, entries.cache)
+    if r.layout.on_cpu:
+        memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
+    hidden, memory = forward(
+        r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
     )
-    return hidden[:, 0], cache
+    return hidden[:, 0], [layer.ring for layer in memory] if r.layout.on_cpu else memory.ring
 
 
-def _attend_both(r: Refill, prompts: Cache, cursor: Array, in_prompt: Array, in_ring: Array) -> Attend:
+class Memory(NamedTuple):
+    """What a step attends over."""
+
+    ring: Cache
+    prompts: Cache
+
+
+def _attend_both(r: Refill, cursor: Array, in_prompt: Array, in_ring: Array) -> Attend:
     """A step's keys and values into the ring, then attention over prompt and ring, merged exactly.
 
     ``in_ring`` is [S, C]; ``in_prompt`` [S, P] where every slot has its entry, [S, Q, P] where entries are shared: then
@@ -353,13 +367,13 @@ def _attend_both(r: Refill, prompts: Cache, cursor: Array, in_prompt: Array, in_
     """
     scale = r.model.config.attention_scale
 
-    def attend(q: Array, k: Array, v: Array, ring: Cache, layer: Array) -> tuple[Array, Cache]:
+    def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
         k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
-        ring = _written(ring, k, v, (layer, 0, 0, cursor, 0))
+        ring = _written(memory.ring, k, v, (layer, 0, 0, cursor, 0))
         slots, _, heads, width = q.shape
         q = q.reshape(slots, k.shape[1], -1, width)
         ring_keys, ring_values, keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *prompts)
+            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *memory.prompts)
         )
         own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
@@ -370,7 +384,7 @@ def _attend_both(r: Refill, prompts: Cache, cursor: Array, in_prompt: Array, in_
             visible = in_prompt.reshape(slots, 1, -1)
             prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
             prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
-        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), ring
+        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
 
     return attend
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rljax.decoding import Sampling, request_key, sample
-from rljax.models.attention import Cache, cached_attend, visibility
-from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
+from rljax.decoding import Sampling, draw, request_key
+from rljax.models.attention import cached_attend, visibility
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
+from rljax.models.layers import wide_dtype
 from rljax.models.params import param_shardings
 from rljax.refill import RefillPlan, decode_with_refill, step_counts
 from rljax.sharding import BATCH_AXES, Layout
@@ -30,8 +31,8 @@ class DecodeState(NamedTuple):
     sampled: Bool[Array, "b c"]
     running: Bool[Array, " b"]
     finished: Bool[Array, " b"]  # an end token was sampled
-    next_logits: Float[Array, "b v"]
-    caches: tuple[Cache, ...]  # of every model that has a say
+    hidden: tuple[Float[Array, "b d"], ...]  # predicts the next token; of every model that has a say
+    caches: tuple[Any, ...]
 
 
 def make_generate(
@@ -59,7 +60,9 @@ def make_generate(
     decode_shardings = param_shardings(model, decode)
 
     def laid_out(params: Params) -> Params:
-        return jax.lax.with_sharding_constraint(jax.tree.map(lambda x: x.astype(dtype), params), decode_shardings)
+        weights = jax.tree.map(lambda x: x.astype(dtype), params)
+        weights = jax.lax.with_sharding_constraint(weights, decode_shardings)
+        return {**weights, "layers": by_layer(weights["layers"])} if decode.on_cpu else weights
 
     def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
         weights: Any = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
@@ -115,27 +118,32 @@ def decode_batch(
     segments = prompts.valid.astype(jnp.int32)
     lengths = jnp.sum(segments, axis=-1)
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
-    greedy = prompts.sample_id < sampling.greedy_samples
+    greedy = prompts.sample_id < sampling.greedy_samples if sampling.greedy_samples else None
 
-    def run(tokens: Array, positions: Array, attend: Any, caches: tuple[Cache, ...]) -> tuple[Array, tuple[Cache, ...]]:
-        """What the models say together after the last of the tokens, and their caches."""
-        said: Array = jnp.float32(0)
-        written: list[Cache] = []
-        for share, tree, cache in zip(shares, params, caches, strict=True):
-            hidden, cache = forward(model, layout, tree, tokens, positions, attend, cache, dtype=dtype)
-            said += share * logits(model, tree, hidden[:, -1])
-            written.append(cache)
-        return said, tuple(written)
+    def run(tokens: Array, positions: Array, attend: Any, caches: tuple) -> tuple[tuple[Array, ...], tuple]:
+        """Every model's last hidden state and its cache."""
+        found = [
+            forward(model, layout, tree, tokens, positions, attend, cache, dtype=dtype)
+            for tree, cache in zip(params, caches, strict=True)
+        ]
+        return tuple(hidden[:, -1] for hidden, _ in found), tuple(cache for _, cache in found)
 
-    caches = tuple(empty_cache(model, layout, b, p + budget, dtype) for _ in shares)
+    def new_cache() -> Any:
+        cache = empty_cache(model, layout, b, p + budget, dtype)
+        return by_layer(cache) if layout.on_cpu else cache
+
+    caches = tuple(new_cache() for _ in shares)
     seen = visibility(positions, positions, segments, segments, c.sliding_window)
     attend = cached_attend(0, seen, layout, c.attention_scale)
     first, caches = run(prompts.tokens, positions, attend, caches)
+    wide = wide_dtype(dtype)
     key_positions = jnp.concatenate([positions, lengths[:, None] + jnp.arange(budget)], axis=1)
 
     def step(s: DecodeState) -> DecodeState:
         token_keys = jax.vmap(lambda k: jax.random.fold_in(k, s.step))(keys)
-        token, logprob, support = sample(token_keys, s.next_logits, sampling, greedy)
+        said = [vocabulary_logits(model, tree, h) for tree, h in zip(params, s.hidden, strict=True)]
+        mixed = said[0] if len(said) == 1 else shares[0] * said[0] + shares[1] * said[1]
+        token, logprob, support = draw(token_keys, mixed, sampling, greedy)
         ended = jnp.any(token[:, None] == end_ids, axis=-1)
 
         def write(column: Array, value: Array, empty: Any) -> Array:
@@ -147,7 +155,7 @@ def decode_batch(
         written = jnp.concatenate([segments, jnp.ones((b, budget), jnp.int32)], axis=1) * (columns <= p + s.step)
         seen = visibility(position[:, None], key_positions, jnp.ones((b, 1), jnp.int32), written, c.sliding_window)
         attend = cached_attend(p + s.step, seen, layout, c.attention_scale)
-        next_logits, caches = run(token[:, None], position[:, None], attend, s.caches)
+        hidden, caches = run(token[:, None], position[:, None], attend, s.caches)
         return DecodeState(
             step=s.step + 1,
             tokens=write(s.tokens, token, 0),
@@ -156,19 +164,19 @@ def decode_batch(
             sampled=write(s.sampled, s.running, False),
             running=s.running & ~ended,
             finished=s.finished | (s.running & ended),
-            next_logits=next_logits,
+            hidden=hidden,
             caches=caches,
         )
 
     start = DecodeState(
         step=jnp.int32(0),
         tokens=jnp.zeros((b, budget), jnp.int32),
-        logprobs=jnp.zeros((b, budget), first.dtype),
-        support=jnp.full((b, budget), -jnp.inf, first.dtype),
+        logprobs=jnp.zeros((b, budget), wide),
+        support=jnp.full((b, budget), -jnp.inf, wide),
         sampled=jnp.zeros((b, budget), bool),
         running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
         finished=jnp.zeros(b, bool),
-        next_logits=first,
+        hidden=first,
         caches=caches,
     )
     end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)

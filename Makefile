@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart learning-table test test-slow check format clean
 
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.run
 quickstart: $(VENV)/.run  ## train a small model from nothing and watch it learn
 	rm -rf runs/quickstart
 	$(BIN)/python -m rljax.main --config configs/quickstart.py
+
+learning-table: $(VENV)/.run  ## every method on one small task, three seeds, with intervals: an hour on 2 cores
+	$(BIN)/python -m benchmarks.learning_table
 
 test: $(VENV)/.dev  ## what continuous integration runs
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
     make learning-table        (or: python -m benchmarks.learning_table --seeds=0 --methods="grpo;lite_ppo")
 
 A seed: the quickstart's supervised warm start; its samples, judged by the verifier, as pairs (a right answer against a
-wrong one); a reward model on those pairs; then every method from the same policy on the same budget of samples. Scores
+wrong one); a reward model on those pairs; then every method from the same policy on the same budget of samples (that of
+the pairs, for those which learn from pairs). Scores
 are greedy exact match on held-out problems. An improvement is a paired difference to the start whose 95 % interval
 (bootstrap over problems and seeds) lies above 0. Controls: rewards permuted, learning rate 0, rewards negated.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs.quickstart import get_config as quickstart
 from rljax.config import make_config
@@ -46,7 +48,8 @@ class Method:
 
     algo: str
     settings: dict[str, Any] = field(default_factory=dict)  # of the algorithm
-    config: dict[str, Any] = field(default_factory=dict)  # flattened keys over the common config
+    config: dict[str, Any] = field(default_factory=dict)  # flattened keys over the common config; @ is a place
+    stages: dict[str, Any] = field(default_factory=dict)  # a recipe of its own, whose last stage is what is trained
     rises: int = 1
 
 
@@ -59,6 +62,40 @@ GRPO = {
     "aggregation": "token_mean",
 }
 FOUR_EPOCHS = {"batch.epochs": 4, "batch.minibatches": 1}
+ON_PAIRS = {"data.train": "@pairs", "data.train_rows": 0, "steps": 160, "batch.rows": 32, "optim.learning_rate": 1e-4}
+PPO = {
+    "kl_coef": 0.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "aggregation": "token_mean",
+    "gamma": 1.0,
+    "lam": 0.95,
+    "value_coef": 1.0,
+    "value_clip": 0.2,
+    "whiten_advantages": "rollout",
+}
+FROM_REWARD_MODEL = {"critic.init_from": "@reward_model", "critic.optim.learning_rate": 1e-3}
+
+
+def one_round(rule: dict[str, Any], learn: dict[str, Any], rounds: int = 1) -> dict[str, Any]:
+    """Rounds of sampling, each followed by learning from what all of them sampled, from the start."""
+    stages: dict[str, Any] = {}
+    for number in range(1, rounds + 1):
+        sampled = ",".join(f"sample_{earlier}" for earlier in range(1, number + 1))
+        stages[f"sample_{number}"] = {
+            "algo": {"name": "collect"},
+            "steps": STEPS // rounds,
+            "data": {"seed": number},
+            "batch": {"rows": 0},
+        }
+        stages[f"learn_{number}"] = {
+            **learn,
+            "init_from": "base",
+            "data": {"train": f"rollouts:{sampled}", "train_rows": 0},
+            "select": rule,
+        }
+    return stages
+
 
 METHODS: dict[str, Method] = {
     "grpo": Method(
@@ -69,11 +106,83 @@ METHODS: dict[str, Method] = {
         "grpo", {**GRPO, "advantage_std": "group"}, {"rollout.keep_groups": "mixed", "rollout.max_rounds": 2}
     ),
     "dr_grpo": Method("grpo", {**GRPO, "advantage_std": "none", "aggregation": "constant_length"}),
+    "gspo": Method(
+        "grpo",
+        {
+            **GRPO,
+            "surrogate": "gspo",
+            "advantage_std": "group",
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
+            "aggregation": "sequence_mean_token_mean",
+        },
+        FOUR_EPOCHS,
+    ),
     "grpo, 4 epochs": Method("grpo", GRPO, FOUR_EPOCHS),
+    "rloo": Method(
+        "rloo",
+        {
+            "kl_coef": 0.0,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "surrogate": "reinforce",
+            "aggregation": "sequence_mean_token_sum",
+        },
+    ),
+    "reinforce++": Method(
+        "reinforce",
+        {
+            "kl_coef": 0.0,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "aggregation": "token_mean",
+            "gamma": 1.0,
+            "baseline": "group",
+            "whiten_advantages": True,
+        },
+    ),
+    "ppo": Method("ppo", PPO, FROM_REWARD_MODEL),
+    "ppo, 4 epochs": Method("ppo", PPO, {**FROM_REWARD_MODEL, **FOUR_EPOCHS}),
+    "dpo": Method("dpo", {"beta": 0.1}, ON_PAIRS),
+    "ipo": Method("dpo", {"beta": 0.1, "loss": "ipo_sum"}, ON_PAIRS),
+    "simpo": Method("simpo", {"beta": 2.0, "gamma": 1.0}, ON_PAIRS),
+    "orpo": Method("orpo", {"odds_coef": 1.0}, ON_PAIRS),
+    "kto": Method(
+        "sft",
+        stages=one_round(
+            {"rule": "verdicts", "distinct": "text"},
+            {
+                "algo": {"name": "kto", "beta": 0.1},
+                "steps": 160,
+                "batch": {"rows": 64},
+                "optim": {"learning_rate": 1e-4},
+            },
+        ),
+    ),
+    "online dpo": Method(
+        "online_dpo", {"beta": 0.1}, {"optim.learning_rate": 1e-4, "batch.epochs": 2, "batch.minibatches": 2}
+    ),
+    "expert iteration": Method(
+        "sft",
+        stages=one_round(
+            {"rule": "correct", "distinct": "text"},
+            {
+                "algo": {"name": "sft"},
+                "steps": 150,
+                "batch": {"rows": 64},
+                "optim": {"learning_rate": 1e-3, "schedule": "cosine"},
+            },
+            rounds=2,
+        ),
+    ),
+    "rto": Method("rto", {**PPO, "guide_coef": 0.05, "guide_clamp": 0.05}, {**FROM_REWARD_MODEL, "guide_from": "@dpo"}),
     "permuted rewards": Method("grpo", GRPO, {"reward.permute": True}, rises=0),
     "learning rate 0": Method("grpo", GRPO, {"optim.learning_rate": 0.0, "optim.warmup_steps": 0}, rises=0),
     "negated rewards": Method("grpo", GRPO, {"reward.weights": (-1.0,)}, rises=-1),
 }
+
+
+REWARD_MODEL = Method("reward_model", {"loss": "bradley_terry"}, {**ON_PAIRS, "optim.learning_rate": 3e-4})
 
 
 def common(seed: int, name: str, folder: Path) -> Any:
@@ -103,7 +212,15 @@ def method_config(method: Method, seed: int, name: str, folder: Path) -> Any:
     config.data.dev = ""
     config.data.dev_rows = 0
     config.rollout.prompts_per_step, config.rollout.group_size = PROMPTS, GROUP
-    places = {"pairs": folder / f"pairs-{seed}.jsonl", "reward_model": folder / f"rm-{seed}" / "model"}
+    if method.stages:
+        config.recipe = tuple(method.stages)
+        with config.unlocked():
+            config.stages = ConfigDict(method.stages)
+    places = {
+        "pairs": folder / f"pairs-{seed}.jsonl",
+        "reward_model": folder / f"reward_model-{seed}" / "reward_model",
+        "dpo": folder / f"dpo-{seed}" / "model",
+    }
     given = {
         key: str(places[value[1:]]) if str(value).startswith("@") else value for key, value in method.config.items()
     }
@@ -185,6 +302,10 @@ def run_seed(seed: int, names: list[str], folder: Path) -> dict[str, dict[str, A
     results["start"] = once(f"sft-{seed}", warm_start)
     plain = method_config(METHODS["grpo"], seed, f"pairs-{seed}", folder)
     once(f"pairs-{seed}", lambda: {"pairs": sample_pairs(plain, folder / f"pairs-{seed}.jsonl", STEPS)})
+    reward_model = method_config(REWARD_MODEL, seed, f"reward_model-{seed}", folder)
+    once(f"reward_model-{seed}", lambda: trained(reward_model))
+    if any("@dpo" in METHODS[name].config.values() for name in names):
+        names = ["dpo", *(name for name in names if name != "dpo")]
     for name in names:
         label = f"{name.replace(' ', '_').replace(',', '')}-{seed}"
         results[name] = once(

@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.data.prompt_lengths = (12,)  # BOS, four numbers, three signs, =
     config.data.row_length = 48
 
-    config.algo.kl_coef = 0.0
+    config.algo.kl_coef = 0.001  # to the end of the warm start: small, and it shows how far the policy went
     config.algo.clip_low = 0.2
     config.algo.clip_high = 0.28
     config.algo.advantage_mean = "group"

@@ -38,26 +38,26 @@ def get_config() -> ConfigDict:
     config.data.dev_rows = 64
     config.data.test_rows = 108
     config.data.prompt_lengths = (40,)
-    config.reward.names = ("story",)
+    config.reward.names = ("story", "real_words")
+    config.reward.weights = (0.5, 1.0)
 
-    config.steps = 50
+    config.steps = 25
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 192
     config.batch.minibatches = 4
-    config.algo.kl_coef = 0.1
+    config.algo.kl_coef = 0.05
     config.algo.clip_low = 0.2
     config.algo.clip_high = 0.28
     config.algo.advantage_mean = "group"
     config.algo.advantage_std = "group"
     config.algo.aggregation = "token_mean"
     config.optim.learning_rate = 3e-4
-    config.optim.schedule = "linear"
-    config.optim.warmup_steps = 5
+    config.optim.warmup_steps = 10
 
     config.eval.temperature = 1.0
     config.eval.samples = 4
-    config.eval.every_steps = 25
+    config.eval.every_steps = 10
     config.eval.shown_prompts = 3
     config.checkpoint.every_steps = 10
     config.log.samples_per_step = 3

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
-from rljax.rollouts import Completions, ModelReward, complete, row_metrics
+from rljax.models.decoder import Params
+from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
 from rljax.session import ROLLOUT_KEY
 from rljax.sharding import to_global
 from rljax.stages import Stage
@@ -34,16 +35,18 @@ def collect(
             prompts = _widened(prompts, stage.source.prompt_lengths[-1])
         key = stage.session.key(ROLLOUT_KEY, stage.number, step, number)
         assert stage.generate is not None  # an online stage
+        policy, version = stage.sampler(state)
         done = complete(
             stage.session,
             stage.generate,
-            stage.sampling_policy(state),
+            policy,
             prompts,
             rows,
             stage.runner,
             key,
-            int(state.step),
+            version,
             model_reward=model_reward(stage),
+            rival=rival(stage, policy),
         )
         if not mixed:
             return done, position, row_metrics([done], r.group_size)
@@ -67,7 +70,15 @@ def model_reward(stage: Stage) -> ModelReward | None:
         rows = {"tokens": rollout.tokens, "valid": rollout.valid}
         return stage.program("reward", 0)(stage.frozen["reward_model"], rows)
 
-    return ModelReward(scores, stage.config.reward_model_weight)
+    return ModelReward(scores, stage.config.reward_model_weight, stage.config.reward_model_threshold)
+
+
+def rival(stage: Stage, policy: Params) -> Rival | None:
+    """The policy mixed with the reference, or the reference alone; None where the policy writes everything."""
+    if stage.rival is None:
+        return None
+    alone = stage.algorithm.rival_mixture == 1
+    return Rival(stage.rival, stage.reference if alone else (policy, stage.reference))
 
 
 def _widened(prompts: PromptBatch, width: int) -> PromptBatch:
@@ -84,8 +95,7 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
     def pick(*arrays: Any) -> np.ndarray:
         return np.stack([arrays[n][i] for n, i in picks])
 
-    columns: Any = [pick(*leaves) for leaves in zip(*(done.host for done in rounds), strict=True)]
-    host: Any = Rollout(*columns)
+    host: Any = jax.tree.map(pick, *(done.host for done in rounds))
     host.loss_mask[len(kept) * size :] = False
     layout = stage.session.train.rows
     parts = dict.fromkeys(name for done in rounds for name in done.parts)

@@ -1,10 +1,11 @@
 """From one row of logits to a token: temperature, truncation, and a draw whose randomness is keyed by identity."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.sharding import VOCAB_BLOCK
 
@@ -19,6 +20,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    greedy_samples: int = 0  # of a prompt's samples so many, the first, are greedy
 
     @property
     def scoring_temperature(self) -> float:
@@ -33,21 +35,6 @@ class Sampling:
 def request_key(root: PRNGKeyArray, prompt_id: Int[Array, ""], sample_id: Int[Array, ""]) -> PRNGKeyArray:
     """The key of one sample: who it is, never where it runs."""
     return jax.random.fold_in(jax.random.fold_in(root, prompt_id), sample_id)
-
-
-def draw_token(key: PRNGKeyArray, scaled: Float[Array, " v"]) -> Int[Array, ""]:
-    """Two-level Gumbel-max: a block by its mass, then a token inside it, each from its own draw.
-
-    The block size is fixed, so neither the mesh nor the padding of the vocabulary changes a draw. Two independent draws
-    of v / 128 and 128 numbers instead of one of v, and no draw is reused: rounding of a mass flips next to nothing.
-    """
-    blocks = scaled.reshape(-1, VOCAB_BLOCK)
-    masses = jax.nn.logsumexp(blocks, axis=-1)
-    block_key, token_key = jax.random.split(key)
-    # float32 draws whatever the dtype of the logits: the same random numbers in every precision.
-    block = jnp.argmax(masses + jax.random.gumbel(block_key, masses.shape, jnp.float32))
-    inside = jax.random.gumbel(token_key, (VOCAB_BLOCK,), jnp.float32)
-    return block * VOCAB_BLOCK + jnp.argmax(blocks[block] + inside)
 
 
 def support_threshold(scaled: Float[Array, "b v"], sampling: Sampling) -> Float[Array, " b"]:
@@ -74,14 +61,55 @@ def support_threshold(scaled: Float[Array, "b v"], sampling: Sampling) -> Float[
     return jnp.where(nothing_cut, -jnp.inf, (lowest + after) / 2)
 
 
-def next_tokens(
-    keys: PRNGKeyArray, logits: Float[Array, "b v"], sampling: Sampling
-) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """Tokens and the support they were drawn from. ``logits`` are padded with -inf to whole blocks."""
+class Drawn(NamedTuple):
+    """One token of each row; its log-prob; the support it was drawn from, -inf for the whole vocabulary."""
+
+    tokens: Int[Array, " b"]
+    logprobs: Float[Array, " b"]
+    support: Float[Array, " b"]
+
+
+def draw(
+    keys: PRNGKeyArray, logits: Float[Array, "v b"], sampling: Sampling, greedy: Bool[Array, " b"] | None = None
+) -> Drawn:
+    """Two-level Gumbel-max: a block by its mass, then a token inside it, each from its own draw.
+
+    ``logits`` stand with the vocabulary first, as the head's table does, padded with -inf to whole blocks: one pass
+    over them gives the masses of the blocks, and these the draw and the normaliser of its log-prob. The block size is
+    fixed, so neither the mesh nor the padding of the vocabulary changes a draw. Two independent draws of v / 128 and
+    128 numbers instead of one of v, and no draw is reused: rounding of a mass flips next to nothing. Rows that are
+    ``greedy`` get the likeliest token.
+    """
     scaled = logits / sampling.scoring_temperature
-    whole = jnp.full(scaled.shape[0], -jnp.inf, scaled.dtype)
+    support = jnp.full(scaled.shape[1], -jnp.inf, scaled.dtype)
+    if sampling.truncates:
+        support = support_threshold(scaled.T, sampling)
+        scaled = jnp.where(scaled >= support, scaled, -jnp.inf)
+    blocks = scaled.reshape(-1, VOCAB_BLOCK, scaled.shape[1])
+    tops = jnp.max(blocks, axis=1)
+    finite = jnp.where(jnp.isfinite(tops), tops, 0)
+    masses = (finite + jnp.log(jnp.sum(jnp.exp(blocks - finite[:, None]), axis=1))).T
     if sampling.temperature == 0:
-        return jnp.argmax(scaled, axis=-1).astype(jnp.int32), whole
-    support = support_threshold(scaled, sampling) if sampling.truncates else whole
-    kept = jnp.where(scaled >= support[:, None], scaled, -jnp.inf)
-    return jax.vmap(draw_token)(keys, kept).astype(jnp.int32), support
+        block = jnp.argmax(tops, axis=0)
+        inside = _block(blocks, block)
+        token = jnp.argmax(inside, axis=1)
+    else:
+        block_keys, token_keys = jnp.unstack(jax.vmap(jax.random.split)(keys), axis=1)
+        block = jnp.argmax(masses + _gumbel(block_keys, masses.shape[1]), axis=1)
+        block = block if greedy is None else jnp.where(greedy, jnp.argmax(tops, axis=0), block)
+        inside, noise = _block(blocks, block), _gumbel(token_keys, VOCAB_BLOCK)
+        noise = noise if greedy is None else jnp.where(greedy[:, None], 0, noise)
+        token = jnp.argmax(inside + noise, axis=1)
+    chosen = jnp.take_along_axis(inside, token[:, None], axis=1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(masses, axis=1)
+    return Drawn((block * VOCAB_BLOCK + token).astype(jnp.int32), logprobs, support)
+
+
+def _block(blocks: Float[Array, "n k b"], chosen: Int[Array, " b"]) -> Float[Array, "b k"]:
+    """Every row's own block."""
+    return blocks[chosen, :, jnp.arange(chosen.shape[0])]
+
+
+def _gumbel(keys: PRNGKeyArray, count: int) -> Float[Array, "b n"]:
+    # float32 draws whatever the dtype of the logits: the same random numbers in every precision.
+    return jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(keys)

@@ -222,7 +222,10 @@ class BestOfN:
         self._rewards = make_reward(forward, 1)
 
     def run(self, reward_model: Params) -> dict[str, float]:
-        """``best_of_{k}``: expected true reward of the best-scored of k, with its interval over prompts."""
+        """``best_of_{k}``: expected true reward of the best-scored of k, with its interval over prompts.
+
+        ``sample_accuracy``: share of a prompt's pairs of unequal truth that the scores order alike, mean over prompts.
+        """
         picked, truths = [], []
         for done in self.batches:
             r = done.rollout
@@ -231,10 +234,17 @@ class BestOfN:
             there = done.host.valid.any(axis=1)
             picked.append(scores[there].reshape(-1, self.samples))
             truths.append(np.asarray(truth, np.float64)[there].reshape(-1, self.samples))
-        metrics: dict[str, float] = {}
+        scores, truth = np.concatenate(picked), np.concatenate(truths)
+        better = better_answers(truth, np.ones(truth.shape, bool), by_place=False)
+        mixed = better.any(axis=(1, 2))
+        right = (np.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
+        metrics: dict[str, float] = {"sample_prompts": int(mixed.sum())}
+        if mixed.any():
+            found = _with_interval("sample_accuracy", _unit_means(right, better)[mixed])
+            metrics |= found | {name.replace("sample_accuracy", "score"): value for name, value in found.items()}
         n = 1
         while n <= self.samples:
-            values = [best_of_n(s, n, t) for s, t in zip(np.concatenate(picked), np.concatenate(truths), strict=True)]
+            values = [best_of_n(s, n, t) for s, t in zip(scores, truth, strict=True)]
             metrics |= _with_interval(f"best_of_{n}", np.asarray(values))
             n *= 2
         return metrics

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.losses.logprobs import LogprobStats, chunked_logprobs, reduce_logits_in_chunks
+from rljax.losses.logprobs import LogprobStats, chunked_logprobs, log_normalizer, reduce_logits_in_chunks
+from rljax.losses.preference_variants import log_collision
+from rljax.losses.supervised import mean_logprob
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
 from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
 from rljax.sharding import Layout
@@ -34,7 +36,7 @@ class Forward:
 
         Where the batch has a ``loss_mask`` its tokens alone are looked at. ``needs`` may add "entropy", "full_logprobs"
         (those of the whole vocabulary where sampling truncates it: a second pass), "topk_logprobs" (of
-        ``batch["teacher_tokens"]``) and "collision".
+        ``batch["teacher_tokens"]``), "collision" and "logit_means".
         """
         run = by_shard(self.layout, partial(self._shard_outputs, head_from, needs), whole=1)
         return run(head_table(params), self.hidden(params, batch), batch)
@@ -101,13 +103,16 @@ class Forward:
         if "collision" in needs:
             collision = self._reduced(_log_collision, table, reads, reads.targets)
             outputs = outputs._replace(collision=reads.put(collision))
+        if "logit_means" in needs:
+            mean, normalizer = self._reduced(_logit_means, table, reads, reads.targets)
+            outputs = outputs._replace(mean_logprobs=reads.put(mean), log_normalizers=reads.put(normalizer))
         return outputs
 
     def _reduced(self, reducer: Callable, table: Array, reads: "_Reads", rows: Array) -> Any:
-        """``reducer(logprobs, rows)`` of each chunk, [n ...]."""
+        """``reducer(logits, rows)`` of each chunk, [n ...]."""
 
         def reduce(logits: Array, rows: Array) -> Any:
-            return reducer(jax.nn.log_softmax(logits / self.temperature, axis=-1), rows)
+            return reducer(logits / self.temperature, rows)
 
         return reduce_logits_in_chunks(
             reads.hidden,
@@ -146,22 +151,26 @@ class _Reads:
         return line.reshape(b, t, *values.shape[1:])
 
 
-def _gather_logprobs(logprobs: Array, tokens: Array) -> Array:
-    return jnp.take_along_axis(logprobs, tokens, axis=-1)
+def _gather_logprobs(logits: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens, axis=-1)
 
 
-def _log_collision(logprobs: Array, tokens: Array) -> Array:
-    return jax.nn.logsumexp(2 * logprobs, axis=-1)
+def _log_collision(logits: Array, tokens: Array) -> Array:
+    return log_collision(logits)
 
 
-def _top_k(k: int, logprobs: Array, tokens: Array) -> tuple[Array, Array]:
-    values, chosen = jax.lax.top_k(logprobs, k)
+def _logit_means(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    return mean_logprob(logits), log_normalizer(logits)
+
+
+def _top_k(k: int, logits: Array, tokens: Array) -> tuple[Array, Array]:
+    values, chosen = jax.lax.top_k(jax.nn.log_softmax(logits), k)
     return chosen.astype(jnp.int32), values
 
 
 def head_needs(algorithm: Algorithm) -> frozenset[str]:
     """What an algorithm's loss reads of the policy's head beside the log-probs."""
-    asked = {"entropy", "collision"} & algorithm.needs
+    asked = {"entropy", "collision", "logit_means"} & algorithm.needs
     asked |= {"full_logprobs"} if "ref_logprobs" in algorithm.needs else set()
     return frozenset(asked | ({"topk_logprobs"} if "teacher_topk" in algorithm.needs else set()))
 

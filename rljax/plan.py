@@ -24,6 +24,7 @@ SHOWN_PROMPTS = 2
 GIB = 2**30
 # Who holds memory in which phase of a step.
 PHASES = {
+    "reference": ("always", "reference"),
     "prefill": ("always", "rollout", "prefill"),
     "decode": ("always", "rollout", "decode"),
     "update": ("always", "update"),
@@ -80,17 +81,23 @@ def dry_run(session: Session) -> None:
 
 def _print_stage(name: str, stage: Stage) -> None:
     source, batch = stage.source, stage.config.batch
-    print(f"\nstage {name}: {stage.config.steps} steps, {stage.optimizer_steps} optimizer steps; {source.kept}")
-    _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
-    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
-        mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
-        _print_row(stage.session, tokens, valid, mask)
+    told = f"rows from what {', '.join(stage.config.sampled_by)} samples" if source is None else source.kept
+    print(f"\nstage {name}: {stage.config.steps} steps, {stage.optimizer_steps} optimizer steps; {told}")
+    if source is not None:
+        _print_rows(stage.session, source)
     micro = batch.micro_batch_rows or stage.rows_per_step // batch.minibatches
     shape = f"[{stage.rows_per_step}, {_row_length(stage)}]"
     if stage.online:
         r, prompt = stage.config.rollout, _prompt_length(stage)
         shape += f" ({r.prompts_per_step} prompts x {r.group_size}, {prompt} + {r.max_new_tokens} tokens)"
     print(f"  rows {shape}, {batch.minibatches} x {batch.epochs} optimizer steps, micro-batches [{micro}, ...]")
+
+
+def _print_rows(session: Session, source: Any) -> None:
+    _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
+    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
+        mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
+        _print_row(session, tokens, valid, mask)
 
 
 def _print_row(session: Session, tokens: np.ndarray, valid: np.ndarray, mask: np.ndarray) -> None:
@@ -136,7 +143,8 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     ]
     for name in frozen_sources(stage.config, stage.algorithm):
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
-        owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "always"))
+        once = name == "reference" and stage.caches_reference
+        owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "reference" if once else "always"))
     rows = _decoded_rows(stage)
     return owners + (_rollout_owners(stage, rows) if rows else []) + _update_owners(stage)
 

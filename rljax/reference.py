@@ -35,7 +35,8 @@ def cache_logprobs(score: Callable[..., Any], params: Any, source: Any, rows: in
     position, units = DataPosition(), rows // source.unit
     for _ in range(-(-len(source) // units)):
         _, batch, position = source.take(position, units)
-        placed = {"tokens": to_global(batch.tokens, layout.rows), "valid": to_global(batch.valid, layout.rows)}
+        host = {"tokens": batch.tokens, "valid": batch.valid, "loss_mask": batch.loss_mask}
+        placed = {name: to_global(array, layout.rows) for name, array in host.items()}
         logprobs = gather(score(params, placed))
         for row_id, row, mask in zip(batch.row_id.tolist(), logprobs, batch.loss_mask, strict=True):
             found.setdefault(row_id, row[mask])

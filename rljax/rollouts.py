@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from rljax.data.batches import PromptBatch
-from rljax.rewards.base import Sample
+from rljax.data.tokenizer import Tokenizer
+from rljax.rewards.base import Sample, Span
 from rljax.rewards.runner import RewardRunner, Scored
 from rljax.sampler import Generate
 from rljax.session import Session
@@ -54,10 +56,26 @@ class Completions(NamedTuple):
 
 
 class ModelReward(NamedTuple):
-    """A reward model on the devices: ``scores(rollout) -> [b]``, and what the sum of rewards takes of it."""
+    """A reward model on the devices: ``scores(rollout) -> [b]``, and what the rewards take of it."""
 
     scores: Callable[[Rollout], Any]
     weight: float
+    threshold: float | None = None  # of ``verified_bonus``, in place of the weighted score
+
+
+def verified_bonus(verified: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """What a reward model adds to a verifier's value V: 1 where V > 0 and its score is above the threshold, else -.5.
+
+    Where V is not above 0 it adds nothing (IF-RLVR, 2507.02833, section 5).
+    """
+    return np.where(verified > 0, np.where(scores > threshold, 1.0, -0.5), 0.0)
+
+
+class Rival(NamedTuple):
+    """Who writes the second half of every prompt's completions in the policy's place."""
+
+    generate: Generate
+    params: Any
 
 
 def complete(
@@ -70,13 +88,25 @@ def complete(
     key: PRNGKeyArray,
     version: int,
     model_reward: ModelReward | None = None,
+    rival: Rival | None = None,
 ) -> Completions:
     """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process."""
     start = time.perf_counter()
     layout = session.train.rows
-    placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
-    rollout = jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
-    host = gather(rollout)
+
+    def write(generate: Generate, params: Any, prompts: PromptBatch) -> Rollout:
+        placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
+        return jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
+
+    if rival is None:
+        rollout = write(generate, params, prompts)
+        host = gather(rollout)
+    else:
+        theirs = prompts.sample_id > prompts.sample_id.max() // 2
+        halves = [jax.tree.map(lambda x, kept=kept: x[kept], prompts) for kept in (~theirs, theirs)]
+        written = (write(generate, params, halves[0]), write(*rival, halves[1]))
+        host = jax.tree.map(partial(_woven, theirs), *(gather(half) for half in written))
+        rollout = jax.tree.map(lambda x: to_global(x, layout), host)
     middle = time.perf_counter()
     mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
     samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
@@ -91,10 +121,18 @@ def complete(
         np.add.at(values[2], mine[[f.index for f in scored.failures]], 1)
         parts = _parts(runner, scored, mine, len(rows))
         answers = dict(zip(samples, scored.answers, strict=True))
+    spans = {} if runner is None else dict(zip(samples, scored.spans, strict=True))
+    dense = _dense_rewards(session, host, spans)
     values = _owners(values)
+    if session.config.reward.discard_failed and values[2].any():
+        host = host._replace(loss_mask=host.loss_mask & (values[2] == 0)[:, None])
+        rollout = rollout._replace(loss_mask=to_global(host.loss_mask, layout))
     if model_reward is not None:
         parts["model"] = gather(model_reward.scores(rollout)).astype(float)
-        values[0] += model_reward.weight * parts["model"]
+        if model_reward.threshold is None:
+            values[0] += model_reward.weight * parts["model"]
+        else:
+            values[0] += model_reward.weight * verified_bonus(values[0], parts["model"], model_reward.threshold)
     return Completions(
         rollout=rollout,
         host=host,
@@ -102,13 +140,38 @@ def complete(
         rewards=values[0],
         correct=values[1].astype(int),
         parts=parts,
-        dense=None,
+        dense=dense,
         failures=int(values[2].sum()),
         samples=samples,
         answers=answers,
         rollout_s=middle - start,
         reward_s=time.perf_counter() - middle,
     )
+
+
+def _dense_rewards(session: Session, host: Any, spans: dict[int, tuple[Span, ...]]) -> np.ndarray | None:
+    """``Score.spans`` of this process's rows as a number a token, agreed; None where no process has any."""
+    if not agree(np.asarray(any(spans.values())), np.any):
+        return None
+    dense = np.zeros(host.tokens.shape)
+    for i, of_row in spans.items():
+        dense[i, host.loss_mask[i]] = rewards_of_spans(session.tokenizer, host.tokens[i][host.loss_mask[i]], of_row)
+    return _owners(dense)
+
+
+def rewards_of_spans(tokenizer: Tokenizer, ids: Sequence[int], spans: Sequence[Span]) -> np.ndarray:
+    """Each span's value on the token that has its last character, so they sum to the spans' values (ARES, 2407.00087).
+
+    A span behind the text, or an empty one, counts on the last token.
+    """
+    rewards = np.zeros(len(ids))
+    if not spans:
+        return rewards
+    ends = [len(tokenizer.decode(ids[: k + 1])) for k in range(len(ids))]
+    for span in spans:
+        reached = [k for k, end in enumerate(ends) if end >= span.end > span.start]
+        rewards[reached[0] if reached else -1] += span.value
+    return rewards
 
 
 def _owners(values: np.ndarray) -> np.ndarray:
@@ -129,6 +192,12 @@ def _parts(runner: RewardRunner, scored: Scored, mine: np.ndarray, rows: int) ->
     return found
 
 
+def _woven(theirs: np.ndarray, ours: np.ndarray, others: np.ndarray) -> np.ndarray:
+    rows = np.empty((len(theirs), *ours.shape[1:]), ours.dtype)
+    rows[~theirs], rows[theirs] = ours, others
+    return rows
+
+
 def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
     prompt = host.tokens[i][host.valid[i] & ~host.loss_mask[i]]
     completion = host.tokens[i][host.loss_mask[i]]
@@ -143,6 +212,14 @@ def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
     )
 
 
+def decode_counts(done: Completions) -> tuple[int, int]:
+    """Steps of the longest data shard, and slots times steps over all; of a fixed batch where nobody counted."""
+    host = done.host
+    if host.decode_steps is None:
+        return int(done.lengths.max()), int(done.lengths.max() * done.lengths.size)
+    return int(host.decode_steps.max()), round(float(host.slot_steps.sum(dtype=np.float64)))
+
+
 def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, float]:
     """What a step's completions look like, whatever the algorithm: all of them, kept by dynamic sampling or not."""
 
@@ -151,8 +228,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
 
     rewards, lengths, correct = joined(lambda d: d.rewards), joined(lambda d: d.lengths), joined(lambda d: d.correct)
     nats = -sum(done.host.behavior_logprobs.sum() for done in rounds)
-    steps = [done.lengths.max() for done in rounds]
-    slots = sum(done.lengths.size * count for done, count in zip(rounds, steps, strict=True))
+    steps, slot_steps = zip(*map(decode_counts, rounds), strict=True)
     metrics = {
         "train/reward": rewards.mean(),
         "train/reward_std": rewards.std(),
@@ -162,7 +238,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
         "train/perplexity": np.exp(nats / max(lengths.sum(), 1)),
         "train/reward_failures": sum(done.failures for done in rounds),
         "rollout/decode_steps": sum(steps),
-        "rollout/occupied_slot_share": lengths.sum() / max(slots, 1),
+        "rollout/occupied_slot_share": lengths.sum() / max(sum(slot_steps), 1),
     }
     for name in dict.fromkeys(name for done in rounds for name in done.parts):
         values = np.concatenate([done.part(name) for done in rounds])

@@ -125,10 +125,10 @@ class Run:
     def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
         metrics: dict[str, float] = {}
         shown: list[dict[str, Any]] = []
-        if split in self.preference_evaluators and self.preference_evaluators[split].tree in trees:
-            metrics |= self.preference_evaluators[split].run(trees)
         if split in self.best_of_n and "reward_model" in trees:
             metrics |= self.best_of_n[split].run(trees["reward_model"])
+        if split in self.preference_evaluators and self.preference_evaluators[split].tree in trees:
+            metrics |= self.preference_evaluators[split].run(trees)
         if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
             found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found

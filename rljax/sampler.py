@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rljax.decoding import Sampling, next_tokens, request_key
-from rljax.losses.logprobs import token_logprobs, truncated_logprobs
-from rljax.models.attention import Cache, cached_attend, visibility
-from rljax.models.decoder import Model, Params, empty_cache, forward, logits, row_positions
+from rljax.decoding import Sampling, draw, request_key
+from rljax.models.attention import cached_attend, visibility
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
+from rljax.models.layers import wide_dtype
 from rljax.models.params import param_shardings
+from rljax.refill import RefillPlan, decode_with_refill, step_counts
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import FINISH_END, FINISH_LENGTH, Prompts, Rollout
 
-Generate = Callable[[Params, Prompts, PRNGKeyArray, Int[Array, ""]], Rollout]
+Generate = Callable[[Any, Prompts, PRNGKeyArray, Int[Array, ""]], Rollout]
 
 
 class DecodeState(NamedTuple):
@@ -30,33 +31,54 @@ class DecodeState(NamedTuple):
     sampled: Bool[Array, "b c"]
     running: Bool[Array, " b"]
     finished: Bool[Array, " b"]  # an end token was sampled
-    next_logits: Float[Array, "b v"]
-    cache: Cache
+    hidden: tuple[Float[Array, "b d"], ...]  # predicts the next token; of every model that has a say
+    caches: tuple[Any, ...]
 
 
-def make_generate(model: Model, train: Layout, decode: Layout, sampling: Sampling, *, dtype: Any) -> Generate:
+def make_generate(
+    model: Model,
+    train: Layout,
+    decode: Layout,
+    sampling: Sampling,
+    *,
+    dtype: Any,
+    refill: RefillPlan | None = None,
+    mixture: float | None = None,
+) -> Generate:
     """``generate(params, prompts, key, step_version) -> Rollout``, compiled once for each shape of ``prompts``.
+
+    Without ``refill`` it is the plain path: a fixed batch, as long as its longest row. With it slots take up new
+    requests as answers end, and ``prompts`` come in groups that share one prompt.
 
     Parameters arrive laid out for training, on ``train``'s mesh; inside they are cast to ``dtype`` once and laid out on
     ``decode``'s mesh, another factorisation of the same devices. Data shards decode on their own, each until its last
     row has ended; rows come back in the training layout. ``key`` is folded with each row's prompt_id and sample_id.
+    With ``mixture`` m in (0, 1), parameters are a pair and tokens come from ``π_1^{1-m} π_2^m``, renormalised.
     """
     rows = PartitionSpec(BATCH_AXES)
+    shares = (1.0,) if mixture is None else (1 - mixture, mixture)
     decode_shardings = param_shardings(model, decode)
 
-    def generate(params: Params, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
+    def laid_out(params: Params) -> Params:
         weights = jax.tree.map(lambda x: x.astype(dtype), params)
         weights = jax.lax.with_sharding_constraint(weights, decode_shardings)
+        return {**weights, "layers": by_layer(weights["layers"])} if decode.on_cpu else weights
+
+    def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
+        weights: Any = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
         prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
+        decode_rows = partial(decode_batch, model, decode, sampling, dtype, shares)
+        if refill is not None and mixture is None:
+            weights, decode_rows = weights[0], partial(decode_with_refill, model, decode, sampling, dtype, refill)
         shard = jax.shard_map(
-            partial(_decode_shard, model, decode, sampling, dtype),
+            decode_rows,
             mesh=decode.mesh,
             in_specs=(PartitionSpec(), rows, PartitionSpec()),
             out_specs=rows,
             axis_names=set(BATCH_AXES),
             check_vma=False,
         )
-        tokens, logprobs, support, sampled, finished = shard(weights, prompts, key)
+        tokens, logprobs, support, sampled, finished, steps, slot_steps = shard(weights, prompts, key)
         prompt_part = jnp.zeros(prompts.tokens.shape, bool)
         rollout = Rollout(
             tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
@@ -69,15 +91,24 @@ def make_generate(model: Model, train: Layout, decode: Layout, sampling: Samplin
             sample_id=prompts.sample_id,
             group_id=prompts.prompt_id,
             step_version=jnp.full_like(prompts.prompt_id, step_version),
+            decode_steps=steps,
+            slot_steps=slot_steps,
         )
         return jax.lax.with_sharding_constraint(rollout, train.rows)
 
     return jax.jit(generate)
 
 
-def _decode_shard(
-    model: Model, layout: Layout, sampling: Sampling, dtype: Any, params: Params, prompts: Prompts, key: PRNGKeyArray
-) -> tuple[Array, Array, Array, Array, Array]:
+def decode_batch(
+    model: Model,
+    layout: Layout,
+    sampling: Sampling,
+    dtype: Any,
+    shares: tuple[float, ...],
+    params: tuple[Params, ...],
+    prompts: Prompts,
+    key: PRNGKeyArray,
+) -> tuple[Array, ...]:
     """The plain path: a fixed batch, one column of the cache a step, until every row has ended."""
     c = model.config
     b, p = prompts.tokens.shape
@@ -87,21 +118,32 @@ def _decode_shard(
     segments = prompts.valid.astype(jnp.int32)
     lengths = jnp.sum(segments, axis=-1)
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
+    greedy = prompts.sample_id < sampling.greedy_samples if sampling.greedy_samples else None
 
-    cache = empty_cache(model, layout, b, p + budget, dtype)
+    def run(tokens: Array, positions: Array, attend: Any, caches: tuple) -> tuple[tuple[Array, ...], tuple]:
+        """Every model's last hidden state and its cache."""
+        found = [
+            forward(model, layout, tree, tokens, positions, attend, cache, dtype=dtype)
+            for tree, cache in zip(params, caches, strict=True)
+        ]
+        return tuple(hidden[:, -1] for hidden, _ in found), tuple(cache for _, cache in found)
+
+    def new_cache() -> Any:
+        cache = empty_cache(model, layout, b, p + budget, dtype)
+        return by_layer(cache) if layout.on_cpu else cache
+
+    caches = tuple(new_cache() for _ in shares)
     seen = visibility(positions, positions, segments, segments, c.sliding_window)
     attend = cached_attend(0, seen, layout, c.attention_scale)
-    hidden, cache = forward(model, layout, params, prompts.tokens, positions, attend, cache, dtype=dtype)
+    first, caches = run(prompts.tokens, positions, attend, caches)
+    wide = wide_dtype(dtype)
     key_positions = jnp.concatenate([positions, lengths[:, None] + jnp.arange(budget)], axis=1)
 
     def step(s: DecodeState) -> DecodeState:
         token_keys = jax.vmap(lambda k: jax.random.fold_in(k, s.step))(keys)
-        token, support = next_tokens(token_keys, s.next_logits, sampling)
-        temperature = sampling.scoring_temperature
-        if sampling.truncates:
-            logprob = truncated_logprobs(s.next_logits, token, support, temperature)
-        else:
-            logprob = token_logprobs(s.next_logits, token, temperature)
+        said = [vocabulary_logits(model, tree, h) for tree, h in zip(params, s.hidden, strict=True)]
+        mixed = said[0] if len(said) == 1 else shares[0] * said[0] + shares[1] * said[1]
+        token, logprob, support = draw(token_keys, mixed, sampling, greedy)
         ended = jnp.any(token[:, None] == end_ids, axis=-1)
 
         def write(column: Array, value: Array, empty: Any) -> Array:
@@ -113,7 +155,7 @@ def _decode_shard(
         written = jnp.concatenate([segments, jnp.ones((b, budget), jnp.int32)], axis=1) * (columns <= p + s.step)
         seen = visibility(position[:, None], key_positions, jnp.ones((b, 1), jnp.int32), written, c.sliding_window)
         attend = cached_attend(p + s.step, seen, layout, c.attention_scale)
-        h, cache = forward(model, layout, params, token[:, None], position[:, None], attend, s.cache, dtype=dtype)
+        hidden, caches = run(token[:, None], position[:, None], attend, s.caches)
         return DecodeState(
             step=s.step + 1,
             tokens=write(s.tokens, token, 0),
@@ -122,21 +164,20 @@ def _decode_shard(
             sampled=write(s.sampled, s.running, False),
             running=s.running & ~ended,
             finished=s.finished | (s.running & ended),
-            next_logits=logits(model, params, h[:, 0]),
-            cache=cache,
+            hidden=hidden,
+            caches=caches,
         )
 
-    first = logits(model, params, hidden[:, -1])
     start = DecodeState(
         step=jnp.int32(0),
         tokens=jnp.zeros((b, budget), jnp.int32),
-        logprobs=jnp.zeros((b, budget), first.dtype),
-        support=jnp.full((b, budget), -jnp.inf, first.dtype),
+        logprobs=jnp.zeros((b, budget), wide),
+        support=jnp.full((b, budget), -jnp.inf, wide),
         sampled=jnp.zeros((b, budget), bool),
         running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
         finished=jnp.zeros(b, bool),
-        next_logits=first,
-        cache=cache,
+        hidden=first,
+        caches=caches,
     )
     end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)
-    return end.tokens, end.logprobs, end.support, end.sampled, end.finished
+    return end.tokens, end.logprobs, end.support, end.sampled, end.finished, *step_counts(b, end.step, end.step * b)

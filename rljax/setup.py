@@ -8,9 +8,15 @@ from etils import epath
 
 from rljax.config import Config, ConfigError, DataConfig, StageConfig, resolved
 from rljax.data.batches import PromptSource, SupervisedSource, prompt_of
-from rljax.data.preferences import PreferenceSource, held_out_by_prompt, is_comparison, rows_of_split
+from rljax.data.preferences import (
+    PreferenceSource,
+    held_out_by_prompt,
+    is_comparison,
+    read_comparison_prompt,
+    rows_of_split,
+)
 from rljax.data.rows import GENERATED, Row, load_rows
-from rljax.data.select import labelled
+from rljax.data.select import labelled, split_by_gap
 from rljax.data.steps import StepSource
 from rljax.evaluate import Evaluator
 from rljax.metrics import MetricsWriter
@@ -92,8 +98,28 @@ def make_source(session: Session, stage: StageConfig, rows: list[Row] | None = N
 
     ``rows`` stand for those of ``data.train``.
     """
-    rows = split_rows(stage.data, "train") if rows is None else rows
+    rows = stage_rows(stage) if rows is None else rows
     return prompt_source(session, stage.data, rows) if stage.is_online else _offline_source(session, stage, rows)
+
+
+def stage_rows(stage: StageConfig) -> list[Row]:
+    """The training rows of a stage with a source of its own: all, or its part of scored pairs."""
+    rows = split_rows(stage.data, "train")
+    if stage.select.gap:
+        rows = split_by_gap(rows, stage.select.gap_threshold, stage.select.gap)
+        if not rows:
+            raise ConfigError(
+                f"no pair of {stage.data.train} is {stage.select.gap} at select.gap_threshold "
+                f"{stage.select.gap_threshold:g}; move it"
+            )
+    return [prompt_row(row, number) for number, row in enumerate(rows)] if stage.is_online else rows
+
+
+def prompt_row(row: Row, number: int) -> Row:
+    """A row to complete; of a comparison without a prompt of its own, the prompt that its answers share."""
+    if row.get("prompt") is not None or not is_comparison(row):
+        return row
+    return {**row, "prompt": read_comparison_prompt(row, number)}
 
 
 def prompt_source(session: Session, data: DataConfig, rows: list[Row], *, shuffle: bool = True) -> PromptSource:

@@ -51,6 +51,10 @@ class Layout:
         return self.mesh.shape["tensor"]
 
     @property
+    def on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def data_shards(self) -> int:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 

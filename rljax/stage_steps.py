@@ -72,6 +72,8 @@ def online_step(stage: Stage, state: TrainState, position: DataPosition, step: i
     experience, score_metrics = score(stage, state, done, head_from, step)
     algo_state, batch = stage.program("targets", head_from)(state.algo_state, experience)
     scored = time.perf_counter()
+    metrics["rollout/staleness"] = float(int(state.step) - int(done.host.step_version.max()))
+    stage.remember(state)
     state, update_metrics = _update(stage, state._replace(algo_state=algo_state), batch, head_from, step)
     end = time.perf_counter()
     tokens = int(done.host.valid.sum())

@@ -1,9 +1,9 @@
 """One stage of a recipe, built: its data, its compiled programs, its trained and its frozen models."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_di
 FROZEN_NEEDS = {"reference": "ref_logprobs", "guide": "guide_logprobs", "teacher": "teacher_topk"}
 
 
+class Snapshot(NamedTuple):
+    """A policy that samples after it was trained on."""
+
+    step: Any  # optimizer steps it had seen
+    policy: Params
+
+
 @dataclass
 class Stage:
     """Built once by ``build_stage``; a step of it reads it."""
@@ -41,8 +48,10 @@ class Stage:
     runner: RewardRunner | None
     generate: Generate | None  # None where nothing is sampled, as are source's prompts and runner
     divergence: Callable
+    rival: Generate | None = None  # of the policy mixed with the reference, for the second half of a prompt's samples
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
+    past: list["Snapshot"] = field(default_factory=list)  # the policies that rollouts lag behind for, oldest first
     cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
     last_head_from: int = 1
     _programs: dict[Any, Any] = field(default_factory=dict)
@@ -80,7 +89,30 @@ class Stage:
 
     def start(self, params: dict[str, Params]) -> TrainState:
         """A state at optimizer step 0 that takes over ``params``, by tree: they are donated later on."""
+        if self.online and self.config.rollout.lag:
+            self.past = [self._snapshot(params["policy"], 0)] * self.config.rollout.lag
         return init_state(params, self.shardings(), self.optimizer, self.algorithm.init(), self.session.train)
+
+    # -- policies that sample
+
+    def sampler(self, state: TrainState) -> tuple[Params, int]:
+        """The policy that samples now, and the optimizer step that it is of.
+
+        It is the one that is trained, an earlier one (``rollout.lag``), or the frozen one of a stage that only samples.
+        """
+        if self.past:
+            return self.past[0].policy, int(self.past[0].step)
+        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"], int(state.step)
+
+    def remember(self, state: TrainState) -> None:
+        """A copy of the policy before an update that donates it, where a later rollout is its."""
+        if self.past:
+            self.past = [*self.past[1:], self._snapshot(state.params["policy"], int(state.step))]
+
+    def _snapshot(self, policy: Params, step: int) -> "Snapshot":
+        places = param_shardings(self.session.model, self.session.train)
+        copy = copy_params(policy, places, self.session.dtype)
+        return Snapshot(jax.device_put(jnp.int32(step), self.session.train.replicated), copy)
 
     # -- frozen models
 
@@ -106,16 +138,13 @@ class Stage:
         """The reference stays and so do the rows: each is scored once, and the reference is let go."""
         return not self.online and "ref_logprobs" in self.algorithm.needs and not self.moving_reference
 
-    def sampling_policy(self, state: TrainState) -> Params:
-        """The policy that is trained, or the frozen one of a stage that only samples."""
-        return state.params["policy"] if self.algorithm.trains else self.frozen["policy"]
-
     def reference_logprobs(self, rows: Any, split: str = "train") -> Any:
         """The reference's log-probs of rows of comparisons: those kept, or those of the reference as it is now."""
         layout = self.session.train.rows
         if self.caches_reference:
             return to_global(self.cached_logprobs[split].of(rows.row_id, rows.loss_mask), layout)
-        batch = {"tokens": to_global(rows.tokens, layout), "valid": to_global(rows.valid, layout)}
+        host = {"tokens": rows.tokens, "valid": rows.valid, "loss_mask": rows.loss_mask}
+        batch = {name: to_global(array, layout) for name, array in host.items()}
         return self.program("score_reference", 1)(self.reference, batch)
 
     @property
@@ -137,11 +166,13 @@ class Stage:
     # -- what a checkpoint holds
 
     def saved(self, state: TrainState) -> dict[str, Any]:
-        return {"train": state, **({"reference": self.reference} if self.moving_reference else {})}
+        moving = {"reference": self.reference} if self.moving_reference else {}
+        return {"train": state, **moving, **({"past": self.past} if self.past else {})}
 
     def restored(self, saved: dict[str, Any]) -> TrainState:
         if "reference" in saved:
             self.frozen["reference"] = saved["reference"]
+        self.past = [Snapshot(*snapshot) for snapshot in saved.get("past", [])]
         return saved["train"]
 
     def abstract_saved(self) -> dict[str, Any]:
@@ -153,9 +184,13 @@ class Stage:
         placed = jax.tree.map(_placed, opt_state, state_shardings(opt_state, self.shardings(), everywhere))
         step, algo_state = jax.eval_shape(lambda: (jnp.int32(0), self.algorithm.init()))
         small = jax.tree.map(lambda x: _placed(x, everywhere), (step, algo_state))
-        saved = {"train": TrainState(small[0], params, placed, small[1])}
-        moving = {"reference": session.abstract_policy(self.frozen_dtype("reference"))}
-        return {**saved, **moving} if self.moving_reference else saved
+        saved: dict[str, Any] = {"train": TrainState(small[0], params, placed, small[1])}
+        if self.moving_reference:
+            saved["reference"] = session.abstract_policy(self.frozen_dtype("reference"))
+        if self.online and self.config.rollout.lag:
+            snapshot = Snapshot(small[0], session.abstract_policy(session.dtype))
+            saved["past"] = [snapshot] * self.config.rollout.lag
+        return saved
 
     # -- compiled programs
 
@@ -211,6 +246,8 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
+    generate = partial(make_generate, session.model, session.train, session.decode, dtype=session.dtype)
+    mixture = algorithm.rival_mixture
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(
         session=session,
@@ -223,16 +260,15 @@ def build_stage(
         forwards={name: session.forward(sampling, model) for name, model in models.items()},
         source=source,
         runner=runner,
-        generate=make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
-        if sampling
-        else None,
+        generate=generate(replace(sampling, greedy_samples=algorithm.greedy_samples)) if sampling else None,
+        rival=generate(sampling, mixture=None if mixture == 1 else mixture) if sampling and mixture else None,
         divergence=make_divergence(session.train),
         text=text,
     )
 
 
 def trained_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:
-    scalar = session.scalar_model(config.critic.init_from)
+    scalar = session.scalar_model(config.critic.init_from)._replace(scores=algorithm.critic_outputs)
     return {tree: session.model if tree == "policy" else scalar for tree in algorithm.trains}
 
 
@@ -241,7 +277,8 @@ def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
     named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
     sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
     sources |= {} if algorithm.trains else {"policy": "start"}
-    return sources | ({"reward_model": config.reward_model_from} if config.reward_model_from else {})
+    scores = config.reward_model_from and algorithm.targets is not None
+    return sources | ({"reward_model": config.reward_model_from} if scores else {})
 
 
 def frozen_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:

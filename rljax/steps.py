@@ -242,7 +242,7 @@ def _diagnostics(logprobs: Array | None, rows: Batch) -> tuple[dict[str, Term], 
         "logprob_gap": Term(masked_sum(jnp.abs(log_ratio), mask), "tokens", 0.0),
     }
     if "advantages" in rows:
-        advantages = rows["advantages"]
+        advantages = rows.get("raw_advantages", rows["advantages"])
         terms["advantage_mean"] = Term(masked_sum(advantages, mask), "tokens", 0.0)
         terms["advantage_square"] = Term(masked_sum(jnp.square(advantages), mask), "tokens", 0.0)
     return terms, {"max_log_ratio": jnp.max(jnp.abs(log_ratio))}

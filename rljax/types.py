@@ -44,6 +44,8 @@ class Rollout(NamedTuple):
     sample_id: Int[Array, " b"]
     group_id: Int[Array, " b"]  # rows of one prompt in this rollout share it
     step_version: Int[Array, " b"]  # the optimizer step whose parameters sampled the row
+    decode_steps: Int[Array, " b"] | None = None  # that the row's data shard took
+    slot_steps: Float[Array, " b"] | None = None  # slots times steps, idle ones included; summed over rows: of all
 
 
 class Experience(NamedTuple):
@@ -72,6 +74,8 @@ class Outputs(NamedTuple):
     scores: Float[Array, "b t"] | None = None  # a reward model's, read at the token itself
     topk_logprobs: Float[Array, "b t k"] | None = None  # of the batch's ``teacher_tokens``
     collision: Float[Array, "b t"] | None = None  # log Σ_v π(v)²
+    mean_logprobs: Float[Array, "b t"] | None = None  # mean log-prob of the vocabulary
+    log_normalizers: Float[Array, "b t"] | None = None  # log Σ_v exp(logit_v)
 
 
 class Term(NamedTuple):

@@ -54,11 +54,12 @@ def test_a_teachers_top_tokens_are_those_of_its_whole_distribution(logprobs: np.
 @pytest.mark.parametrize("mesh", MESHES)
 def test_chosen_tokens_and_collisions_are_those_of_the_whole_distribution(logprobs: np.ndarray, mesh: str) -> None:
     forward, params = tiny_forward(MODEL, layout(mesh)), init_params(MODEL, layout(mesh), seed=0)
-    needs = frozenset({"topk_logprobs", "collision"})
+    needs = frozenset({"topk_logprobs", "collision", "logit_means"})
     outputs = jax.jit(lambda p, b: forward.outputs(p, b, P, needs))(params, placed(mesh))
     rows, mask = batch(), batch()["loss_mask"]
     chosen = np.take_along_axis(logprobs, rows["teacher_tokens"], axis=-1)
     np.testing.assert_allclose(np.asarray(outputs.topk_logprobs)[mask], chosen[mask], atol=2e-6)
+    np.testing.assert_allclose(np.asarray(outputs.mean_logprobs)[mask], logprobs.mean(axis=-1)[mask], atol=2e-6)
     collision = np.log(np.exp(2 * logprobs.astype(np.float64)).sum(axis=-1))
     np.testing.assert_allclose(np.asarray(outputs.collision)[mask], collision[mask], atol=2e-6)
 

@@ -33,12 +33,8 @@ def leave_at(opened: Run, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, Any]]:
-    """A whole run, left once amid the first fine-tuning, whose second one has learning rate 0; its last position."""
+    """A whole run whose second fine-tuning has learning rate 0, and its last position."""
     session = tiny_session(tmp_path_factory.mktemp("samples"), **{"stages.learn_2.optim.learning_rate": 0.0})
-    with open_training(session) as opened:
-        leave_at(opened, 3)
-        train(opened)
-        assert opened.trees is None
     with open_training(session) as opened:
         train(opened)
         finish(opened)
@@ -97,6 +93,7 @@ def test_samples_come_from_the_stage_before(done: tuple[Session, dict]) -> None:
     assert texts[0] != texts[1] and shares[1] > shares[0]  # fine-tuned on even digits
 
 
+@pytest.mark.slow  # compiles a run of its own
 def test_a_resumed_stage_refuses_other_rows(tmp_path: Path) -> None:
     session = tiny_session(tmp_path / "run")
     with open_training(session) as opened:

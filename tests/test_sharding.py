@@ -1,5 +1,8 @@
 """Meshes, rules, and arrays between host and mesh."""
 
+import itertools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +58,40 @@ def test_parse_mesh_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(MeshError, match=message) as raised:
         parse_mesh(text, 8)
     assert repr(text) in str(raised.value)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What a mesh asks of a TPU chip."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def two_slices() -> list[StandIn]:
+    """Two slices of 2 x 2 chips, listed in turns."""
+    chips = itertools.product((0, 1), (0, 1), (0, 1))  # y, x, slice
+    return [StandIn(4 * n + 2 * y + x, n, n, (x, y, 0)) for y, x, n in chips]
+
+
+@pytest.mark.parametrize("text", ["2,2,2", "2,-1,1", "2,1,4", "4,2,1", "-1,1,2"])
+def test_the_replica_axis_crosses_the_network_and_no_other(text: str) -> None:
+    mesh = make_mesh(text, two_slices())  # type: ignore[arg-type]
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+    for replica in slices:  # fsdp and tensor stay inside a slice
+        assert len(set(replica.flat)) == 1
+    assert np.array_equal(slices[:, 0, 0], np.repeat([0, 1], mesh.devices.shape[0] // 2))
+
+
+def test_replicas_are_whole_slices() -> None:
+    with pytest.raises(MeshError, match="mesh '1,-1,1': its replica size 1 must be a multiple of the 2 slices"):
+        make_mesh("1,-1,1", two_slices())  # type: ignore[arg-type]
 
 
 def test_refactor_mesh_keeps_the_order_of_the_devices() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rljax.config import default_config
 from rljax.metrics import is_measured
 from rljax.rewards.base import Score
 from tests.configs import tiny
@@ -98,3 +99,44 @@ def slow_share(prompt: str, completion: str) -> Score:
 def any_number(prompt: str, completion: str) -> float:
     """A reward that no two processes, and no two runs, agree about."""
     return random.SystemRandom().random()
+
+
+# Every algorithm on rows of comparisons, with a setting that learns eight rows by heart.
+OFFLINE: dict[str, dict[str, Any]] = {
+    "aot": {"beta": 0.5, "paired": True},
+    "bco": {"beta": 0.5},
+    "cpo": {"beta": 0.5, "nll_coef": 1.0},
+    "dpo": {"beta": 0.5},
+    "kto": {"beta": 0.5},
+    "orpo": {"odds_coef": 0.5},
+    "prefix_reward_model": {},
+    "reward_model": {"loss": "bradley_terry"},
+    "simpo": {"beta": 2.0, "gamma": 0.5},
+}
+
+
+def offline_config(algo: str, folder: Path, **overrides: Any) -> ConfigDict:
+    """The tiny model on pairs of right and wrong sums: ``offline_config("dpo", tmp_path, steps=2)``."""
+    base, config = tiny.get_config(), default_config(algo)
+    with config.unlocked():
+        config.update({name: base[name] for name in ("tokenizer", "model", "data", "eval", "checkpoint")})
+    settings = {
+        **{f"algo.{name}": value for name, value in OFFLINE[algo].items()},
+        **{f"data.{split}": "arithmetic_pairs" for split in ("train", "dev", "test")},
+        "mesh": "1,1,1",
+        "output_dir": str(folder),
+        "steps": 4,
+        "batch.rows": 8,
+        "optim.learning_rate": 1e-2,
+    }
+    config.update_from_flattened_dict({**settings, **overrides})
+    return config
+
+
+# What a digit is worth in ``hidden_linear``; a reward model sees pairs only.
+HIDDEN_WEIGHTS = dict(zip("0123456789", (0.9, -1.2, 0.4, 1.5, -0.3, -0.8, 1.1, -1.6, 0.2, 0.7), strict=True))
+
+
+def hidden_linear(prompt: str, completion: str) -> float:
+    """A reward that is linear in the counts of the digits."""
+    return sum(HIDDEN_WEIGHTS.get(c, 0.0) for c in completion)

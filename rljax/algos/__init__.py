@@ -1,6 +1,29 @@
 """Algorithms. To add one: a file like sft.py, a line here, a config, a hand-number test."""
 
-from rljax.algos import aot, bco, collect, cpo, dpo, grpo, kto, orpo, prefix_reward_model, reward_model, sft, simpo
+from rljax.algos import (
+    aot,
+    bco,
+    collect,
+    cpo,
+    distillation,
+    dpo,
+    grpo,
+    kto,
+    nash_md,
+    online_dpo,
+    orpo,
+    ppo,
+    ppo_max,
+    prefix_reward_model,
+    reinforce,
+    reward_model,
+    rloo,
+    rto,
+    sft,
+    simpo,
+    vtrace,
+    xpo,
+)
 from rljax.algos.base import Algorithm, Batch
 
 ALGOS = {
@@ -8,14 +31,24 @@ ALGOS = {
     "bco": bco,
     "collect": collect,
     "cpo": cpo,
+    "distillation": distillation,
     "dpo": dpo,
     "grpo": grpo,
     "kto": kto,
+    "nash_md": nash_md,
+    "online_dpo": online_dpo,
     "orpo": orpo,
+    "ppo": ppo,
+    "ppo_max": ppo_max,
     "prefix_reward_model": prefix_reward_model,
+    "reinforce": reinforce,
     "reward_model": reward_model,
+    "rloo": rloo,
+    "rto": rto,
     "sft": sft,
     "simpo": simpo,
+    "vtrace": vtrace,
+    "xpo": xpo,
 }
 
 __all__ = ["ALGOS", "Algorithm", "Batch"]

@@ -14,9 +14,9 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float
+    beta: float  # of the KL to the reference
     paired: bool  # sorted l_w - l_l against the reference's; else sorted r_w against sorted r_l
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # rate of wrong labels
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -16,7 +16,8 @@ class Algorithm(NamedTuple):
     """``targets`` and ``loss`` are the core; the trainer does the rest.
 
     needs: what the trainer computes once per rollout or asks of a pass: "ref_logprobs", "proximal_logprobs",
-        "values", "guide_logprobs", "teacher_topk", "dense_rewards"; "entropy", "collision"; "current_logprobs".
+        "values", "guide_logprobs", "teacher_topk", "dense_rewards"; "entropy", "collision", "logit_means" (of
+        ``mean_logprobs`` and ``log_normalizers``); "current_logprobs".
     init: the algorithm's own state, part of the checkpoint; () where it has none.
     targets: once on the whole global rollout; may return fewer rows. Offline algorithms have none: their rows are
         batches as they are.
@@ -31,6 +32,7 @@ class Algorithm(NamedTuple):
     rewarded: whether ``targets`` reads rewards.
     rival_mixture: m, where the second half of a prompt's completions come from ``π^{1-m} ref^m`` and not from the
         policy: 1 is the reference itself.
+    greedy_samples: so many of a prompt's completions, its first, are decoded greedily.
     critic_outputs: numbers that a critic's head gives at a position.
     """
 
@@ -45,6 +47,7 @@ class Algorithm(NamedTuple):
     rows_per_prompt: int = 0
     rewarded: bool = True
     rival_mixture: float | None = None
+    greedy_samples: int = 0
     critic_outputs: int = 1
 
 

@@ -14,7 +14,7 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float
+    beta: float  # of the log-prob, the implicit reward
     nll_coef: float  # of cloning; 1 in the paper
     nll: Literal["sequence_sum", "token_mean"] = "sequence_sum"  # eq. 3, a mean over pairs; or TRL's, over tokens
 

@@ -44,8 +44,17 @@ def as_value(config: CriticLossConfig, values: Float[Array, "*s"] | Float[Array,
     return two_hot_value(values, value_bins(config.value_bins)) if config.value_loss == "two_hot" else values
 
 
+def critic_batch(values: PerToken, returns: PerToken, mask: Bool[Array, "b t"]) -> Batch:
+    """The columns that ``value_terms`` reads beside the loss mask."""
+    explained = jnp.broadcast_to(explained_variance(values, returns, mask), mask.shape[:1])
+    return {"returns": returns, "behavior_values": values, "explained_variance": explained}
+
+
 def value_terms(config: CriticLossConfig, outputs: Outputs, batch: Batch) -> dict[str, Term]:
-    """The loss of the critic against ``returns``, mean over tokens; ``behavior_values`` are the rollout's."""
+    """The loss of the critic against ``returns``, mean over tokens; ``behavior_values`` are the rollout's.
+
+    ``explained_variance`` [b] is what ``critic_batch`` found of the whole rollout.
+    """
     assert outputs.values is not None  # a critic is trained
     mask = batch["loss_mask"]
     old, returns = zero_masked(mask, batch["behavior_values"], batch["returns"])
@@ -64,7 +73,9 @@ def value_terms(config: CriticLossConfig, outputs: Outputs, batch: Batch) -> dic
     if config.value_loss == "clipped":
         far = mask & (jnp.abs(values - old) > config.value_clip)
         terms["value_clip_fraction"] = Term(count_tokens(far), "tokens", 0.0)
+    explained = jnp.broadcast_to(batch["explained_variance"][:, None], mask.shape)
     return terms | {
+        "explained_variance": Term(masked_sum(explained, mask), "tokens", 0.0),
         "value": Term(masked_sum(losses, mask), "tokens", config.value_coef),
         "value_mean": Term(masked_sum(values, mask), "tokens", 0.0),
         "return_mean": Term(masked_sum(returns, mask), "tokens", 0.0),

@@ -25,6 +25,8 @@ from rljax.losses.preference_variants import (
 from rljax.losses.preferences import apo_down, apo_zero, cdpo, exo, hinge, ipo, nca, robust_dpo, sppo_hard
 from rljax.types import Outputs, Term
 
+Loss = Literal["sigmoid", "robust", "exo", "ipo", "ipo_sum", "hinge", "nca", "sppo_hard", "apo_zero", "apo_down"]
+
 SMOOTHED: dict[str, Callable[..., Array]] = {"sigmoid": cdpo, "robust": robust_dpo, "exo": exo}
 LOSSES: dict[str, Callable[..., Array]] = {
     "ipo": ipo,
@@ -40,10 +42,7 @@ LOSSES: dict[str, Callable[..., Array]] = {
 @dataclass(frozen=True, kw_only=True)
 class Config:
     beta: float  # of the KL to the reference; 1/η of SPPO, τ of IPO
-    # ipo is that of its paper's results, on means per token; ipo_sum that of its equation
-    loss: Literal["sigmoid", "robust", "exo", "ipo", "ipo_sum", "hinge", "nca", "sppo_hard", "apo_zero", "apo_down"] = (
-        "sigmoid"
-    )
+    loss: Loss = "sigmoid"  # ipo is that of its paper's results, on means per token; ipo_sum that of its equation
     label_smoothing: float = 0.0  # rate of wrong labels: sigmoid (then cDPO), robust and exo
     average: bool = False  # log-probs are means per token: length-normalised DPO (2411.15124)
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"  # f-DPO (2309.16240)

@@ -65,7 +65,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             losses = nash_md(sequence_logprobs(new, mask), sequence_logprobs(ref, mask), chance, beta=config.beta)
         return {
             "policy": Term(masked_sum(losses, rows), "sequences"),
-            "preference": Term(masked_sum(chance, rows), "sequences", 0.0),
+            "win_chance": Term(masked_sum(chance, rows), "sequences", 0.0),
         }
 
     return Algorithm(

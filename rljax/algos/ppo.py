@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.algos.critic import CriticLossConfig, as_value, critic_outputs, explained_variance, value_terms
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
 from rljax.algos.policy import (
     PolicyConfig,
     aggregation_of,
@@ -93,14 +93,15 @@ def make(
             rewards = whiten(rewards, mask, shift_mean=False)
         after = jnp.where(is_finished(experience), 0, final) if config.truncated == "bootstrap" else None
         advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=after)
-        facts = {"explained_variance": explained_variance(values, returns, mask), "kl_coef": state.kl_coef}
+        coef = state.kl_coef
         state = updated(state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
         if config.scale_by_percentile:
             advantages = scale_by_percentile(advantages, state.returns)
+        raw = advantages
         if config.whiten_advantages == "rollout":
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
-        batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
-        batch |= {name: jnp.broadcast_to(value, mask.shape[:1]) for name, value in facts.items()}
+        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        batch |= {"raw_advantages": raw, "kl_coef": jnp.broadcast_to(coef, mask.shape[:1])}
         return state, jax.lax.stop_gradient(batch)
 
     def shift(state: State, experience: Experience, rewards: Array) -> Array:
@@ -129,11 +130,9 @@ def make(
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
         mask = batch["loss_mask"]
-        facts = {
-            name: Term(masked_sum(jnp.broadcast_to(batch[name][:, None], mask.shape), mask), "tokens", 0.0)
-            for name in ("explained_variance", "kl_coef")
-        }
-        return policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch) | facts
+        coef = Term(masked_sum(jnp.broadcast_to(batch["kl_coef"][:, None], mask.shape), mask), "tokens", 0.0)
+        terms = policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch)
+        return {**terms, "kl_coef": coef}
 
     return Algorithm(
         needs=frozenset(needs),

@@ -1,7 +1,7 @@
 """REINFORCE (Williams 1992) with a baseline and token rewards: REINFORCE++ (2501.03262) and ReMax (2310.10505).
 
 REINFORCE++: baseline none, whiten_advantages, kl_in reward, the clipped surrogate; its baseline form: baseline group.
-ReMax: baseline greedy, with ``rollout.greedy_samples`` 1, whose row serves the baseline and leaves the batch.
+ReMax: baseline greedy: a prompt's first completion is decoded greedily, serves as the baseline and leaves the batch.
 """
 
 from dataclasses import dataclass
@@ -57,10 +57,9 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         experience, scores = centred(experience)
         mask = experience.rollout.loss_mask
         rewards = on_last_token(scores, mask) - config.kl_coef * kl_in_reward(config, experience)
-        advantages = reward_to_go(rewards, mask, gamma=config.gamma)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
-        return state, policy_batch(config, experience, advantages)
+        returns = reward_to_go(rewards, mask, gamma=config.gamma)
+        batch = policy_batch(config, experience, whiten(returns, mask) if config.whiten_advantages else returns)
+        return state, {**batch, "raw_advantages": returns}
 
     def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
         return state, *policy_prepare(config, aggregation, batch, key)
@@ -75,6 +74,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         prepare=prepare,
         loss=loss,
         rows_per_prompt=group_size - 1 if greedy else 0,
+        greedy_samples=1 if greedy else 0,
     )
 
 

@@ -45,7 +45,8 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         )
         advantages = leave_one_out(rewards, group_ids(rewards.shape[0], group_size))
         tokens = broadcast_to_tokens(advantages, mask)
-        return state, policy_batch(config, experience, whiten(tokens, mask) if config.whiten_advantages else tokens)
+        batch = policy_batch(config, experience, whiten(tokens, mask) if config.whiten_advantages else tokens)
+        return state, {**batch, "raw_advantages": tokens}
 
     def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
         return state, *policy_prepare(config, aggregation, batch, key)

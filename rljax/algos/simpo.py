@@ -11,7 +11,7 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float
+    beta: float  # of the mean log-prob, the implicit reward
     gamma: float  # the margin itself; the paper's tables give gamma / beta
 
 

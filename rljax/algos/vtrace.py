@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.critic import CriticLossConfig, as_value, critic_outputs, explained_variance, value_terms
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
 from rljax.algos.policy import (
     PolicyConfig,
     aggregation_of,
@@ -61,9 +60,8 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             rho_clip=config.rho_clip,
             c_clip=config.c_clip,
         )
-        batch = policy_batch(config, experience, advantages) | {"returns": returns, "behavior_values": values}
-        explained = jnp.broadcast_to(explained_variance(values, returns, mask), mask.shape[:1])
-        return state, jax.lax.stop_gradient(batch | {"explained_variance": explained})
+        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        return state, jax.lax.stop_gradient(batch)
 
     def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
         return state, *policy_prepare(config, aggregation, batch, key)

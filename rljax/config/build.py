@@ -64,7 +64,7 @@ def resolved(config: Config) -> dict[str, Any]:
     """A config as plain dicts, every stage whole: for printing and for the run folder."""
     values = as_dict(config)
     for where, stage in [(values, config), *((values["stages"][n], s) for n, s in config.stages.items())]:
-        name = next(n for n, module in ALGOS.items() if isinstance(stage.algo, module.Config))
+        name = next(n for n, module in ALGOS.items() if type(stage.algo) is module.Config)
         where["algo"] = {"name": name, **as_dict(stage.algo)}
     return values
 

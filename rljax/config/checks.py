@@ -4,6 +4,8 @@ from rljax.algos import Algorithm
 from rljax.config.fields import Config, ConfigError, StageConfig
 from rljax.optim import make_schedule
 
+FROZEN = {"guide_from": "guide_logprobs", "teacher_from": "teacher_topk"}
+
 
 def check(config: Config) -> None:
     """Raises ConfigError, in one sentence that names the key."""
@@ -28,8 +30,14 @@ def check(config: Config) -> None:
     for number, name in enumerate(config.recipe):
         _check_stage(config.stage(name), config.key_of(name))
         _check_select(config, number)
+        _check_critic(config, number)
         _check_shared(config, name)
     stages = [config.stage(name) for name in config.recipe]
+    for key, need in FROZEN.items():
+        if any(vars(stage)[key] for stage in stages) and not any(need in stage.algorithm().needs for stage in stages):
+            raise ConfigError(f"config.{key} does nothing: no algorithm of the recipe reads it")
+    if any(stage.reward_model_from for stage in stages) and not any(stage.is_online for stage in stages):
+        raise ConfigError("config.reward_model_from scores completions, and no stage of the recipe samples any")
     if not any("ref_logprobs" in stage.algorithm().needs for stage in stages):
         for key in ("reference_reset_steps", "reference_ema"):
             if any(vars(stage)[key] for stage in stages):
@@ -90,11 +98,24 @@ def _check_select(config: Config, number: int) -> None:
         raise ConfigError(f"{where}.data: nothing is held out of what a stage samples; name data.dev and data.test")
 
 
+def _check_critic(config: Config, number: int) -> None:
+    """A scalar head comes from the policy, from an earlier stage that has one, or from a folder."""
+    where, stage = config.key_of(config.recipe[number]), config.stage(config.recipe[number])
+    source, earlier = stage.critic.init_from, config.recipe[:number]
+    if not set(stage.algorithm().trains) - {"policy"} or source not in config.recipe:
+        return
+    if source not in earlier or not set(config.stage(source).algorithm().trains) - {"policy"}:
+        raise ConfigError(
+            f"{where}.critic.init_from is {source!r}; it is 'policy', a model folder, or a stage that trains a reward "
+            "model or critic before this one"
+        )
+
+
 def _check_shared(config: Config, name: str) -> None:
     """What stands at the top level for all stages and for evaluation: a stage's own value would not be read."""
     stage = config.stage(name)
     for group, keys in (
-        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value")),
+        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value", "discard_failed")),
         ("data", ("test", "test_rows")),
     ):
         for key in keys:
@@ -145,13 +166,17 @@ def _check_stage(stage: StageConfig, where: str) -> None:
 
 
 def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
-    """Frozen models: named where they are read, and only there."""
-    for key, need in (("guide_from", "guide_logprobs"), ("teacher_from", "teacher_topk")):
-        if (need in algorithm.needs) != bool(vars(stage)[key]):
-            what = "is not set, and the algorithm reads it" if need in algorithm.needs else "is not read here"
-            raise ConfigError(f"{where}.{key} {what}; it names an earlier stage or a model folder")
-    if stage.reward_model_from and algorithm.targets is None:
-        raise ConfigError(f"{where}.reward_model_from scores completions, and this stage samples none")
+    """Frozen models: named where they are read."""
+    for key, need in FROZEN.items():
+        if need in algorithm.needs and not vars(stage)[key]:
+            raise ConfigError(
+                f"{where}.{key} is not set, and the algorithm reads it; it names an earlier stage or a model folder"
+            )
+    if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
+        raise ConfigError(
+            f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "
+            f"{algorithm.critic_outputs}; start it from 'policy'"
+        )
     if stage.text_mix.coef and not stage.text_mix.train:
         raise ConfigError(f"{where}.text_mix.train is not set; name the text that text_mix.coef mixes in")
     if stage.critic.center_on and "reward_model" not in algorithm.trains:

@@ -20,7 +20,8 @@ from rljax.config.fields import STAGE_FIELDS, Config, ConfigError, StageConfig
 
 USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
 
-  --config FILE         a Python file with get_config(), such as configs/quickstart.py
+  --config FILE         a Python file with get_config(), such as configs/quickstart.py, or one of its VARIANTS,
+                        such as configs/zephyr.py:paper
   --config.KEY=VALUE    a setting by its dotted key: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
                         (docs/config.md has them all; a list is written 10,12)
   --print_config        show the resolved config and leave
@@ -81,7 +82,12 @@ def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
 
 
 def load_config_file(path: str) -> dict[str, Any]:
-    """What ``get_config()`` of a file returns, as plain dicts. Raises ConfigError where it does not run."""
+    """What ``get_config()`` of a file returns, as plain dicts. Raises ConfigError where it does not run.
+
+    ``file.py:name`` is the entry of that name in the file's ``VARIANTS``.
+    """
+    path, _, variant = path.partition(".py:")
+    path = f"{path}.py" if variant else path
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
         beside = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
@@ -93,12 +99,19 @@ def load_config_file(path: str) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        made = vars(module)["get_config"]()
+        made = _variant(path, vars(module), variant)() if variant else vars(module)["get_config"]()
     except Exception as error:  # whatever a user's file does
         raise ConfigError(f"--config: {_place(path, error)}: {_reason(error)}") from error
     if not isinstance(made, ConfigDict) or set(made) < set(hints(Config)):
         raise ConfigError(f"--config: get_config() of {path} returns no ConfigDict; start from default_config()")
     return made.to_dict()
+
+
+def _variant(path: str, module: dict[str, Any], name: str) -> Any:
+    variants = module.get("VARIANTS", {})
+    if name not in variants:
+        raise ConfigError(f"it has no variant {name!r}; it has {', '.join(variants) or 'none: leave it out'}")
+    return variants[name]
 
 
 def _place(path: str, error: Exception) -> str:

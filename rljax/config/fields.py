@@ -125,6 +125,7 @@ class RolloutConfig:
         "all"  # mixed: refill until prompts_per_step groups have both right and wrong
     )
     max_rounds: Positive = 1  # of refilling
+    lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class RewardConfig:
     workers: Positive = 4  # threads or processes
     processes: bool = False  # run rewards in processes, which a hanging one cannot hold up
     failed_value: float = 0.0  # what a sample gets whose reward raised or hung
+    discard_failed: bool = False  # a sample whose reward raised or hung trains nothing
     permute: bool = False  # a control: rewards shuffled over the batch; nothing may be learnt
 
 
@@ -225,6 +227,7 @@ class StageConfig:
     teacher_top_k: Positive = 64  # of its likeliest tokens at each position
     reward_model_from: str = ""  # a frozen reward model, a stage or a folder; its score is the reward "model"
     reward_model_weight: float = 1.0  # of that score in the reward
+    reward_model_threshold: float | None = None  # the score adds 1 above it and -.5 below, to a positive reward only
     critic: CriticConfig = CriticConfig()
     text_mix: TextMixConfig = TextMixConfig()
     clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
@@ -259,7 +262,7 @@ class StageConfig:
         return self.steps * self.batch.epochs * self.batch.minibatches
 
     def algorithm(self) -> Algorithm:
-        module = next(module for module in ALGOS.values() if isinstance(self.algo, module.Config))
+        module = next(module for module in ALGOS.values() if type(self.algo) is module.Config)
         return module.make(self.algo, group_size=self.rollout.group_size, max_new_tokens=self.rollout.max_new_tokens)
 
     @property
@@ -313,8 +316,9 @@ class Config(StageConfig):
 _RUN_IDENTITY = ("seed", "recipe", "compute_dtype", "model.path", "model.architecture", "model.init_seed", "tokenizer")
 _STAGE_IDENTITY = (
     *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "select", "rollout"),
-    *("reward.names", "reward.weights", "reward.failed_value", "reward.permute"),
+    *("reward.names", "reward.weights", "reward.failed_value", "reward.discard_failed", "reward.permute"),
     *("guide_from", "teacher_from", "teacher_top_k", "reward_model_from", "reward_model_weight"),
+    "reward_model_threshold",
     *("critic.init_from", "critic.seed", "text_mix"),
     *("batch.rows", "batch.epochs", "batch.minibatches", "optim.name"),
 )

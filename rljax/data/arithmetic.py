@@ -101,6 +101,24 @@ def _with_mistake(prompt: str, rng: np.random.Generator) -> str:
     return "".join(steps) + f"#{total}"
 
 
+def make_comparisons(
+    *, split: str, count: int = 1000, seed: int = 0, difficulty: int = 2, bounds: tuple[int, int, int] | None = None
+) -> list[dict[str, Any]]:
+    """The problems of ``make_rows`` with two answers each: worked out, and a wrong guess 1 or 2 beside the result.
+
+    Rows have ``prompt, chosen, rejected`` and ``chosen_score, rejected_score``: 1 for the right one, and how far the
+    wrong one is off, below 0.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for row in make_rows(split=split, count=count, seed=seed, difficulty=difficulty, bounds=bounds):
+        answer = int(row["answer"])
+        wrong = answer + int(rng.integers(1, 3)) * (1 if answer < 2 or rng.random() < 0.5 else -1)
+        scores = {"chosen_score": 1.0, "rejected_score": -abs(float(wrong - answer))}
+        rows.append({**row, "chosen": row["solution"], "rejected": f"#{wrong}", **scores})
+    return rows
+
+
 def _draw_terms(rng: np.random.Generator, operands: int, largest: int) -> list[int]:
     """Signed terms, the first positive, no running total below 0 and no term 0."""
     terms = [int(rng.integers(1, largest + 1))]

@@ -19,6 +19,7 @@ Row = dict[str, Any]
 # Tasks made on the spot: make_rows(split=..., **options) -> rows.
 GENERATED: dict[str, Callable[..., list[Row]]] = {
     "arithmetic": arithmetic.make_rows,
+    "arithmetic_comparisons": arithmetic.make_comparisons,
     "arithmetic_pairs": arithmetic.make_pairs,
     "countdown": countdown.make_rows,
     "stories": stories.make_rows,
@@ -42,8 +43,8 @@ def load_rows(
     """The rows of ``source``: a file, a folder with files named after their split, a Hub name, or a generated task.
 
     ``columns`` maps our names to the source's, ``{"prompt": "question"}``; each one named has to be in every row. The
-    other columns stay as they are. ``options`` go to a generated task, or, as ``{"name": ...}``, to the Hub. A .txt
-    file gives one row ``{"text": line}`` a line. Raises DataError.
+    other columns stay as they are. ``options`` go to a generated task, or, such as ``name`` and
+    ``split``, to the Hub. A .txt file gives one row ``{"text": line}`` a line. Raises DataError.
     """
     options = dict(options or {})
     if source in GENERATED:
@@ -170,7 +171,7 @@ def _load_hub(name: str, split: str, options: dict[str, Any]) -> list[Row]:
     import datasets  # a second to import, and only this path needs it
 
     try:
-        loaded = datasets.load_dataset(name, split=split, **options)
+        loaded = datasets.load_dataset(name, **{"split": split, **options})
     except Exception as error:  # offline, unknown name, unknown split, gated: datasets has a class for each
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         generated = ", ".join(GENERATED)

@@ -46,7 +46,7 @@ def make_rows(
     min_sentences: int = 0,
     keep_space: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows ``prompt`` (a story's opening), ``words`` and ``sentences`` (required), ``continuation`` and ``dataset``.
+    """Rows ``prompt`` (a story's opening), ``words`` and ``sentences`` (required), ``continuation``, ``corpus`` (path).
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
@@ -90,6 +90,7 @@ def make_rows(
             "prompt": story[:end],
             "words": required,
             "sentences": min_sentences,
+            "corpus": path,
             "continuation": story[end:],
             "dataset": "stories",
         }

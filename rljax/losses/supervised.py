@@ -30,11 +30,15 @@ def smoothed_cross_entropy(
     logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], *, label_smoothing: float
 ) -> Float[Array, "*n"]:
     """``−(1−ε) log p_y − ε mean_v log p_v`` per token (1512.00567, section 7); logits of -inf count as absent."""
+    return -(1 - label_smoothing) * token_logprobs(logits, tokens) - label_smoothing * mean_logprob(logits)
+
+
+def mean_logprob(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
+    """``mean_v log p_v``, what label smoothing adds (1512.00567, section 7); logits of -inf count as absent."""
     logits = at_least_float32(logits)
     present = ~jnp.isneginf(logits)
     mean_logit = jnp.sum(jnp.where(present, logits, 0), axis=-1) / jnp.sum(present, axis=-1)
-    uniform = mean_logit - log_normalizer(logits)
-    return -(1 - label_smoothing) * token_logprobs(logits, tokens) - label_smoothing * uniform
+    return mean_logit - log_normalizer(logits)
 
 
 def z_loss(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:

@@ -178,8 +178,22 @@ def forward(
         w, layer = xs
         return block(w, carry[0], rope, attend, carry[1], layer), None
 
-    (x, cache), _ = jax.lax.scan(step, (x, cache), (params["layers"], jnp.arange(c.num_layers)))
-    return rms_norm(x, params["final_norm"], c.norm_eps), cache
+    stacks = params["layers"] if isinstance(params["layers"], list) else [params["layers"]]
+    caches = []
+    for stack, mine in zip(stacks, cache if isinstance(cache, list) else [cache] * len(stacks), strict=True):
+        layers = jnp.arange(len(jax.tree.leaves(stack)[0]))
+        (x, mine), _ = jax.lax.scan(step, (x, mine), (stack, layers))
+        caches.append(mine)
+    return rms_norm(x, params["final_norm"], c.norm_eps), caches if isinstance(cache, list) else caches[0]
+
+
+def by_layer(stack: Any) -> list[Any]:
+    """A stack a layer instead of one of all, of weights or of a cache, for a loop of tokens on CPUs.
+
+    XLA's CPU backend copies whatever a product takes out of a stack, at every token; that costs more than reading it.
+    """
+    count = len(jax.tree.leaves(stack)[0])
+    return [jax.tree.map(lambda x: x[i : i + 1], stack) for i in range(count)]  # noqa: B023
 
 
 def head_table(params: Params) -> Float[Array, "v d"]:
@@ -189,10 +203,15 @@ def head_table(params: Params) -> Float[Array, "v d"]:
 
 def logits(model: Model, params: Params, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
     """Float32 logits over the padded vocabulary, minus infinity at the padding. For decoding; training takes chunks."""
-    table = head_table(params)
-    rows = "abc"[: hidden.ndim - 1]
-    scores = contract(f"{rows}y,zy->{rows}z", hidden, table, wide_dtype(hidden.dtype))
-    return jnp.where(jnp.arange(table.shape[0]) < model.config.vocab_size, scores, -jnp.inf)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return vocabulary_logits(model, params, flat).T.reshape(*hidden.shape[:-1], -1)
+
+
+def vocabulary_logits(model: Model, params: Params, hidden: Float[Array, "b d"]) -> Float[Array, "v b"]:
+    """The same with the vocabulary first, as the table has it."""
+    table = head_table(params).astype(hidden.dtype)
+    scores = contract("zy,ay->za", table, hidden, wide_dtype(hidden.dtype))
+    return jnp.where(jnp.arange(table.shape[0])[:, None] < model.config.vocab_size, scores, -jnp.inf)
 
 
 def scalar_scores(params: Params, hidden: Float[Array, "b t d"]) -> Float[Array, "b t"] | Float[Array, "b t n"]:

@@ -26,7 +26,7 @@ def declare(model: Model) -> dict[str, Any]:
     table = Param((c.padded_vocab, c.width), ("vocab", "embed"))
     tree = {"embed": table, "layers": stacked, "final_norm": Param((c.width,), (None,), "ones")}
     if model.scores:
-        head = Param((model.scores, c.width), (None, None), "score")
+        head = Param((model.scores, c.width), (None, None), "score" if model.scores == 1 else "zeros")
         return {**tree, "score": head, "score_bias": Param((model.scores,), (None,), "zeros")}
     return tree if c.tied_embeddings else {**tree, "lm_head": table}
 

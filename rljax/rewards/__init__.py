@@ -10,7 +10,7 @@ from rljax.rewards.math import arithmetic, gsm8k, gsm8k_steps, math_answer
 from rljax.rewards.registry import import_object, look_up, with_options
 from rljax.rewards.runner import Failure, RewardRunner, Scored
 from rljax.rewards.tags import think_answer_format, think_format
-from rljax.rewards.text import finished, length_cost, overlong, required_words, story, unrepeated
+from rljax.rewards.text import finished, length_cost, overlong, real_words, required_words, story, unrepeated
 from rljax.rewards.verifiers import VERIFIERS, verify
 
 __all__ = [
@@ -37,6 +37,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "length_cost": length_cost,
     "math": math_answer,
     "overlong": overlong,
+    "real_words": real_words,
     "required_words": required_words,
     "story": story,
     "think_answer_format": think_answer_format,

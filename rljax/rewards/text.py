@@ -1,7 +1,11 @@
 """Rewards for prose: required words, an ending, no repetition, length."""
 
+import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
+
+from etils import epath
 
 from rljax.rewards.base import Sample, Score
 
@@ -49,6 +53,18 @@ def unrepeated(prompt: str, completion: str) -> Score:
     fresh = len(set(said)) / len(said)
     grams = _ngrams(words_of(completion), 4)
     return Score(fresh * (len(set(grams)) / len(grams) if grams else 1.0), fresh == 1.0)
+
+
+def real_words(prompt: str, completion: str, corpus: str) -> float:
+    """1 if every word of the completion is one that ``corpus`` uses, falling to 0 where one in ten is not, or is empty.
+
+    ``corpus`` is a text file, or several with commas; a word counts that stands there twice or more. Of 1,411 real
+    TinyStories against the words of 1,412 others 98 % are such words.
+    """
+    said = words_of(completion)
+    known = _words_of_files(corpus)
+    strange = sum(word not in known for word in said) / max(len(said), 1)
+    return max(0.0, 1.0 - 10.0 * strange) if said else 0.0
 
 
 def finished(sample: Sample) -> float:
@@ -101,6 +117,12 @@ def inflections(word: str) -> set[str]:
     if re.search(r"[^aeiou][aeiou][bdgklmnprtv]$", word):
         forms |= {word + word[-1] + "ed", word + word[-1] + "ing"}
     return forms
+
+
+@functools.cache
+def _words_of_files(corpus: str) -> frozenset[str]:
+    counts = Counter(word for name in corpus.split(",") for word in words_of(epath.Path(name).expanduser().read_text()))
+    return frozenset(word for word, n in counts.items() if n >= 2)
 
 
 def _occurs(phrase: list[str], said: list[str]) -> bool:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from rljax.losses.supervised import cross_entropy, dft, dft_loss, sft_loss, smoothed_cross_entropy, z_loss
+from rljax.losses.supervised import (
+    cross_entropy,
+    dft,
+    dft_loss,
+    mean_logprob,
+    sft_loss,
+    smoothed_cross_entropy,
+    z_loss,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -31,6 +39,12 @@ def test_cross_entropy_adds_over_micro_batches():
     """Rows of unequal length: sums over sums, where a mean of means would differ."""
     parts = [cross_entropy(LOGPROBS[i : i + 1], MASK[i : i + 1]) for i in range(3)]
     np.testing.assert_allclose(sum(n for n, _ in parts) / sum(d for _, d in parts), sft_loss(LOGPROBS, MASK), rtol=1e-6)
+
+
+def test_mean_logprob_by_hand():
+    """p = (1/2, 1/4, 1/4) and a masked entry: (ln 1/2 + 2 ln 1/4) / 3."""
+    logits = jnp.array([math.log(2), 0.0, 0.0, -jnp.inf])
+    np.testing.assert_allclose(mean_logprob(logits), -5 / 3 * math.log(2), rtol=1e-6)
 
 
 def test_smoothed_cross_entropy_by_hand():

@@ -12,6 +12,7 @@ from rljax.rewards.text import (
     inflections,
     length_cost,
     overlong,
+    real_words,
     required_words,
     story,
     unrepeated,
@@ -89,6 +90,17 @@ def test_story_by_hand():
     assert long.parts["told"] == long.value == 1 and long.correct
     twice = story(Sample("", "Cat moon. Cat moon.", finished=True, row=row))
     assert (twice.value, twice.correct) == (0.75, False)
+
+
+def test_real_words_by_hand(tmp_path):
+    """a, cat and sat stand twice; of 20 words one is strange: 1 - 10/20."""
+    (tmp_path / "a.txt").write_text("A cat sat. One moon.")
+    (tmp_path / "b.txt").write_text("a CAT sat; two?")
+    corpus = f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}"
+    assert real_words("", "Sat a cat!", corpus) == 1.0
+    assert real_words("", "cat " * 19 + "moon", corpus) == 0.5
+    assert real_words("", "cat moon", corpus) == 0.0
+    assert real_words("", "", corpus) == 0.0
 
 
 def test_real_stories_do_not_repeat_and_doubled_ones_do(data_dir):

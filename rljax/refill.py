@@ -1,0 +1,414 @@
+"""The fast rollout: a queue of requests, slots that refill inside the loop, prompts that are shared; one program.
+
+A data shard has R requests (prompts x group) and S slots. A slot whose answer ended takes the next request inside the
+loop. A prompt is prefilled once into one of Q entries, where all samples of its group read it; an entry whose samples
+have all ended takes the next prompt. Completions lie in a ring: every slot writes at one cursor, so a step's cache
+write is a single slice, and a slot's age says which columns are its own. Memory does not depend on R.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rljax.decoding import Sampling, draw, request_key
+from rljax.models.attention import Attend, Cache, attention, replicate_kv, visibility
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
+from rljax.models.layers import contract, wide_dtype
+from rljax.sharding import BATCH_AXES, Layout
+from rljax.types import Prompts
+
+SHRINK_FACTOR = 4  # how much smaller each further loop is
+
+
+class Slots(NamedTuple):
+    """What each slot is at."""
+
+    request: Int[Array, " s"]
+    entry: Int[Array, " s"]  # where its prompt lies
+    age: Int[Array, " s"]  # tokens of its completion so far
+    running: Bool[Array, " s"]
+    hidden: Float[Array, "s d"]  # predicts its next token
+    cache: Cache | list[Cache]  # [L, S, K, C, H], the ring
+
+
+class Entries(NamedTuple):
+    """Prompts at hand."""
+
+    prompt: Int[Array, " q"]  # its number in the queue
+    open: Int[Array, " q"]  # samples of it that have not ended; an entry with none is free
+    valid: Bool[Array, "q p"]
+    hidden: Float[Array, "q d"]  # predicts the first token of a completion
+    cache: Cache | list[Cache]  # [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
+
+
+class Written(NamedTuple):
+    """Completions in the order of the requests."""
+
+    tokens: Int[Array, "r c"]
+    logprobs: Float[Array, "r c"]
+    support: Float[Array, "r c"]
+    lengths: Int[Array, " r"]
+    finished: Bool[Array, " r"]
+
+
+class Loop(NamedTuple):
+    step: Int[Array, ""]
+    admitted: Int[Array, ""]  # requests that have had a slot
+    prefilled: Int[Array, ""]  # prompts that have had an entry
+    slot_steps: Int[Array, ""]  # slots times steps so far
+    busy: Bool[Array, ""]  # there is something left to do, here or on a shard that goes in step
+    slots: Slots
+    entries: Entries
+    written: Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefillPlan:
+    """How requests are worked off; the tokens do not depend on it."""
+
+    group: int  # consecutive requests that share a prompt
+    slots: int  # on each data shard
+    loops: int = 2  # each further one has a quarter of the slots, for the last answers
+    uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
+
+
+class Refill(NamedTuple):
+    """What the loop closes over: static settings, then this shard's inputs."""
+
+    model: Model
+    layout: Layout
+    sampling: Sampling
+    dtype: Any
+    plan: RefillPlan
+    params: Params
+    queue: Prompts  # one row a prompt
+    keys: PRNGKeyArray  # one a request
+    greedy: Bool[Array, " r"]
+
+    @property
+    def budget(self) -> int:
+        return self.sampling.max_new_tokens
+
+    @property
+    def requests(self) -> int:
+        return self.keys.shape[0]
+
+
+def decode_with_refill(
+    model: Model,
+    layout: Layout,
+    sampling: Sampling,
+    dtype: Any,
+    plan: RefillPlan,
+    params: Params,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+) -> tuple[Array, ...]:
+    """One data shard's requests, in groups: as ``sampler.decode_batch``, in their order."""
+    rows = prompts.tokens.shape[0]
+    queue = jax.tree.map(lambda x: x[:: plan.group], prompts)
+    keys = jax.vmap(partial(request_key, key))(prompts.prompt_id, prompts.sample_id)
+    greedy = prompts.sample_id < sampling.greedy_samples
+    r = Refill(model, layout, sampling, dtype, plan, params, queue, keys, greedy)
+    sizes = [min(plan.slots, rows)]
+    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR:
+        sizes.append(sizes[-1] // SHRINK_FACTOR)
+    state = _start(r, sizes[0])
+    for number, size in enumerate(sizes):
+        left = sizes[number + 1] if number + 1 < len(sizes) else 0
+        state = _shrunk(r, state, size) if number else state
+        body = partial(_step, r, number == 0, left)
+        state = jax.lax.while_loop(lambda s: s.busy, body, state._replace(busy=_busy(r, left, state)))
+    w = state.written
+    sampled = jnp.arange(r.budget) < w.lengths[:, None]
+    return w.tokens, w.logprobs, w.support, sampled, w.finished, *step_counts(rows, state.step, state.slot_steps)
+
+
+def step_counts(rows: int, steps: Array, slot_steps: Array) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
+    """A shard's counts as two of ``Rollout``'s columns."""
+    return jnp.full(rows, steps, jnp.int32), jnp.full(rows, slot_steps / rows, jnp.float32)
+
+
+def _start(r: Refill, slots: int) -> Loop:
+    """Empty slots, and the first prompts prefilled together."""
+    c, count = r.model.config, r.queue.tokens.shape[0]
+    width = r.queue.tokens.shape[1]
+    entries = min(count, slots if r.plan.group == 1 else -(-slots // r.plan.group) + 1)
+    empty = Entries(
+        prompt=jnp.arange(entries, dtype=jnp.int32),
+        open=jnp.full(entries, r.plan.group, jnp.int32),
+        valid=r.queue.valid[:entries],
+        hidden=jnp.zeros((entries, c.width), r.dtype),
+        cache=_entry_cache(r, entries, width),
+    )
+    hidden, cache = _prefill(r, empty.cache, jax.tree.map(lambda x: x[:entries], r.queue), jnp.int32(0))
+    return Loop(
+        step=jnp.int32(0),
+        admitted=jnp.int32(0),
+        prefilled=jnp.int32(entries),
+        slot_steps=jnp.int32(0),
+        busy=jnp.bool_(True),
+        slots=Slots(
+            request=jnp.zeros(slots, jnp.int32),
+            entry=jnp.zeros(slots, jnp.int32),
+            age=jnp.zeros(slots, jnp.int32),
+            running=jnp.zeros(slots, bool),
+            hidden=jnp.zeros((slots, c.width), r.dtype),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
+        ),
+        entries=empty._replace(hidden=hidden, cache=cache),
+        written=Written(
+            tokens=jnp.zeros((r.requests, r.budget), jnp.int32),
+            logprobs=jnp.zeros((r.requests, r.budget), wide_dtype(r.dtype)),
+            support=jnp.full((r.requests, r.budget), -jnp.inf, wide_dtype(r.dtype)),
+            lengths=jnp.zeros(r.requests, jnp.int32),
+            finished=jnp.zeros(r.requests, bool),
+        ),
+    )
+
+
+def _busy(r: Refill, left: int, s: Loop) -> Array:
+    """More to do in this loop: requests that wait, or more running slots than the next loop has."""
+    mine = (s.admitted < r.requests) | (jnp.sum(s.slots.running) > left)
+    return jax.lax.psum(mine.astype(jnp.int32), BATCH_AXES) > 0 if r.plan.uniform_steps else mine
+
+
+def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
+    """Free slots take requests; every slot samples a token and reads it."""
+    if refills:
+        s = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
+        s = _admitted(r, s)
+    slots, cursor = s.slots, s.step % r.budget
+    keys = jax.vmap(jax.random.fold_in)(r.keys[slots.request], slots.age)
+    scores = vocabulary_logits(r.model, r.params, slots.hidden)
+    greedy = r.greedy[slots.request] if r.sampling.greedy_samples else None
+    token, logprob, support = draw(keys, scores, r.sampling, greedy)
+    ended = jnp.any(token[:, None] == jnp.asarray(r.sampling.end_ids, jnp.int32), axis=-1)
+    at = jnp.where(slots.running, slots.request, r.requests)  # out of bounds: not written
+    put = partial(_put, at, slots.age)
+    w = s.written
+    written = Written(
+        tokens=put(w.tokens, token),
+        logprobs=put(w.logprobs, logprob),
+        support=put(w.support, support),
+        lengths=w.lengths.at[at].set(slots.age + 1, mode="drop"),
+        finished=w.finished.at[at].set(ended, mode="drop"),
+    )
+    done = slots.running & (ended | (slots.age + 1 >= r.budget))
+    hidden, ring = _read(r, s, token, cursor)
+    after = Slots(
+        request=slots.request,
+        entry=slots.entry,
+        age=slots.age + 1,
+        running=slots.running & ~done,
+        hidden=hidden,
+        cache=ring,
+    )
+    s = s._replace(
+        step=s.step + 1,
+        slot_steps=s.slot_steps + slots.age.shape[0],
+        slots=after,
+        entries=s.entries._replace(open=s.entries.open - _per_entry(s, done)),
+        written=written,
+    )
+    return s._replace(busy=_busy(r, left, s))
+
+
+def _put(rows: Array, columns: Array, values: Array, new: Array) -> Array:
+    return values.at[rows, columns].set(new.astype(values.dtype), mode="drop")
+
+
+def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
+    """How many of the counted slots read each entry."""
+    mine = s.slots.entry[:, None] == jnp.arange(s.entries.open.shape[0])
+    return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
+
+
+def _can_prefill(r: Refill, s: Loop) -> Array:
+    return (s.prefilled < r.queue.tokens.shape[0]) & jnp.any(s.entries.open == 0)
+
+
+def _prefill_next(r: Refill, s: Loop) -> Loop:
+    """The next prompt of the queue into a free entry."""
+    at = jnp.argmax(s.entries.open == 0).astype(jnp.int32)
+    prompt = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, s.prefilled, 1), r.queue)
+    hidden, cache = _prefill(r, s.entries.cache, prompt, at)
+    entries = Entries(
+        prompt=s.entries.prompt.at[at].set(s.prefilled),
+        open=s.entries.open.at[at].set(r.plan.group),
+        valid=jax.lax.dynamic_update_slice_in_dim(s.entries.valid, prompt.valid, at, 0),
+        hidden=jax.lax.dynamic_update_slice_in_dim(s.entries.hidden, hidden, at, 0),
+        cache=cache,
+    )
+    return s._replace(prefilled=s.prefilled + 1, entries=entries)
+
+
+def _admitted(r: Refill, s: Loop) -> Loop:
+    """Requests, in the order of the queue, into the slots that are free, as far as their prompts are at hand.
+
+    A request without a prompt fills up the batch: it is over as soon as it is admitted.
+    """
+    slots, entries = s.slots, s.entries
+    if r.plan.group == 1:  # entry i is slot i's own
+        request, entry = entries.prompt, jnp.arange(slots.age.shape[0], dtype=jnp.int32)
+        admit = ~slots.running & (entries.open > 0)
+    else:
+        free = ~slots.running
+        request = s.admitted + jnp.cumsum(free, dtype=jnp.int32) - 1
+        admit = free & (request < jnp.minimum(s.prefilled * r.plan.group, r.requests))
+        found = (request // r.plan.group)[:, None] == entries.prompt
+        entry = jnp.argmax(found & (entries.open > 0), axis=1).astype(jnp.int32)
+    starts = admit & jnp.any(entries.valid, axis=1)[entry]
+    slots = slots._replace(
+        request=jnp.where(admit, request, slots.request),
+        entry=jnp.where(admit, entry, slots.entry),
+        age=jnp.where(admit, 0, slots.age),
+        running=slots.running | starts,
+        hidden=jnp.where(admit[:, None], entries.hidden[entry], slots.hidden),
+    )
+    s = s._replace(slots=slots, admitted=s.admitted + jnp.sum(admit, dtype=jnp.int32))
+    return s._replace(entries=entries._replace(open=entries.open - _per_entry(s, admit & ~starts)))
+
+
+def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
+    """The running slots and a few more, ``size`` in all."""
+    kept = jnp.argsort(~s.slots.running, stable=True)[:size]
+    slots = _taken(s.slots, kept)
+    if r.plan.group > 1:
+        return s._replace(slots=slots)
+    entries = _taken(s.entries, kept)
+    return s._replace(slots=slots._replace(entry=jnp.arange(size, dtype=jnp.int32)), entries=entries)
+
+
+def _taken(of: Any, kept: Array) -> Any:
+    """Slots or entries by number."""
+    cache = jax.tree.map(lambda x: x[:, kept], of.cache)
+    return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
+
+
+def _stacks(r: Refill, cache: Cache) -> Cache | list[Cache]:
+    return by_layer(cache) if r.layout.on_cpu else cache
+
+
+def _entry_cache(r: Refill, entries: int, width: int) -> Cache | list[Cache]:
+    """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
+    cache = empty_cache(r.model, r.layout, entries, width, r.dtype)
+    if r.plan.group == 1:
+        return _stacks(r, cache)
+    turned = (x.swapaxes(1, 2) for x in cache)
+    return _stacks(r, Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned)))
+
+
+def _prefill(r: Refill, cache: Cache | list[Cache], prompts: Prompts, at: Array) -> tuple[Float[Array, "q d"], Any]:
+    """Prompts through the model into the entries from ``at`` on; what predicts their first tokens."""
+    c = r.model.config
+    segments, positions = prompts.valid.astype(jnp.int32), row_positions(prompts.valid)
+    seen = visibility(positions, positions, segments, segments, c.sliding_window)
+
+    def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
+        k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
+        out = attention(q, k, v, seen, c.attention_scale)
+        if r.plan.group > 1:
+            place = (layer, 0, at, 0, 0)
+            return out, _written(cache, k.swapaxes(0, 1), v.swapaxes(0, 1), place)
+        return out, _written(cache, k, v, (layer, at, 0, 0, 0))
+
+    hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)
+    return hidden[:, -1], cache
+
+
+def _written(cache: Cache, k: Array, v: Array, at: tuple) -> Cache:
+    at = tuple(jnp.int32(i) for i in at)  # one type, in float64 runs too
+    pairs = ((cache.k, k), (cache.v, v))
+    return Cache(*(jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in pairs))
+
+
+def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:
+    """Every slot's token through the model, against its prompt and its own columns of the ring."""
+    c, slots, entries = r.model.config, s.slots, s.entries
+    positions = row_positions(entries.valid)
+    position = jnp.sum(entries.valid, axis=1, dtype=jnp.int32)[slots.entry] + slots.age
+    back = (cursor - jnp.arange(r.budget)) % r.budget
+    in_ring = back <= slots.age[:, None]
+    if r.plan.group == 1:
+        in_prompt, distance = entries.valid, position[:, None] - positions
+    else:
+        mine = slots.entry[:, None] == jnp.arange(entries.open.shape[0])
+        in_prompt, distance = mine[:, :, None] & entries.valid, position[:, None, None] - positions
+    if c.sliding_window is not None:
+        in_ring &= back < c.sliding_window
+        in_prompt &= distance < c.sliding_window
+    attend = _attend_both(r, cursor, in_prompt, in_ring)
+    memory: Any = Memory(slots.cache, entries.cache)
+    if r.layout.on_cpu:
+        memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
+    hidden, memory = forward(
+        r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
+    )
+    return hidden[:, 0], [layer.ring for layer in memory] if r.layout.on_cpu else memory.ring
+
+
+class Memory(NamedTuple):
+    """What a step attends over."""
+
+    ring: Cache
+    prompts: Cache
+
+
+def _attend_both(r: Refill, cursor: Array, in_prompt: Array, in_ring: Array) -> Attend:
+    """A step's keys and values into the ring, then attention over prompt and ring, merged exactly.
+
+    ``in_ring`` is [S, C]; ``in_prompt`` [S, P] where every slot has its entry, [S, Q, P] where entries are shared: then
+    all slots meet all entries in one product and the mask picks theirs, which reads a prompt once and not once a slot.
+    """
+    scale = r.model.config.attention_scale
+
+    def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
+        k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
+        ring = _written(memory.ring, k, v, (layer, 0, 0, cursor, 0))
+        slots, _, heads, width = q.shape
+        q = q.reshape(slots, k.shape[1], -1, width)
+        ring_keys, ring_values, keys, values = (
+            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *memory.prompts)
+        )
+        own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
+        if in_prompt.ndim == 2:
+            visible = in_prompt[:, None, None]
+            prompt = _part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale)
+        else:
+            keys, values = (x.reshape(x.shape[0], -1, width) for x in (keys, values))  # [K, Q * P, H]
+            visible = in_prompt.reshape(slots, 1, -1)
+            prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
+            prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
+        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
+
+    return attend
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys: largest score, sum of exponentials below it, and their weighted values."""
+
+    top: Float[Array, "*n"]
+    total: Float[Array, "*n"]
+    values: Float[Array, "*n h"]
+
+
+def _part(to_scores: str, to_values: str, q: Array, k: Array, v: Array, visible: Array, scale: float) -> Part:
+    wide = wide_dtype(q.dtype)
+    scores = contract(to_scores, q, k, wide) * scale
+    scores = jnp.where(visible, scores, jnp.finfo(wide).min / 2)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, weights.astype(q.dtype), v, wide))
+
+
+def _merged(parts: tuple[Part, Part]) -> Float[Array, "*n h"]:
+    a, b = parts
+    top = jnp.maximum(a.top, b.top)
+    shares = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    total = shares[0] * a.total + shares[1] * b.total
+    return (shares[0] / total)[..., None] * a.values + (shares[1] / total)[..., None] * b.values

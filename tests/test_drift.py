@@ -1,0 +1,49 @@
+"""What RL did to a text: nothing, where the policy is the start; and the bounds of a reward that counts, by hand."""
+
+import json
+
+import pytest
+
+from rljax.config import make_config
+from rljax.drift import BOUNDS, main
+from rljax.models.hf_export import save_hf
+from rljax.session import open_session
+from tests.tiny import ROOT, tiny_config
+
+CONFIG = ["--config", str(ROOT / "tests" / "configs" / "tiny.py"), "--config.compilation_cache=off"]
+START = {"nll": 3.0, "distinct_4": 0.9, "length": 150.0, "best_of": {"4": 0.5}}
+KEPT = {"kl_per_completion": 8.0, "nll": 3.25, "distinct_4": 0.73, "length": 121.0, "reward": 0.5}
+
+
+def test_the_start_has_not_drifted_from_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rljax.drift.start_devices", lambda config: None)
+    session = open_session(make_config(tiny_config()))
+    folder = tmp_path / "model"
+    save_hf(folder, session.model, session.base_params(), session.tokenizer.hf)
+    assert main([*CONFIG, f"--model={folder}"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    base, policy = report["base"], report[str(folder)]
+    assert (report["prompts"], report["samples"]) == (8, 16)
+    assert abs(policy["kl_per_completion"]) < 1e-4
+    for key in ("reward", "nll", "distinct_4", "length", "finished", "shown", "parts"):
+        assert policy[key] == base[key]
+    best = [base["best_of"][n] for n in ("1", "2", "4", "8", "16")]
+    assert best[0] == pytest.approx(base["reward"]) and best == sorted(best)
+    holds = dict.fromkeys(BOUNDS, True) | {"reward": False}
+    assert policy["holds"] == holds
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_each_bound_by_hand(key):
+    """KL 8, nll 3.0 + 0.3, 80 to 120 % of 0.9 and of 150, best-of-4 0.5."""
+    assert all(holds(START, KEPT) for holds in BOUNDS.values())
+    worse = {"kl_per_completion": 8.1, "nll": 3.31, "distinct_4": 0.71, "length": 181.0, "reward": 0.49}
+    assert [name for name, holds in BOUNDS.items() if not holds(START, {**KEPT, key: worse[key]})] == [key]
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rljax.drift.start_devices", lambda config: None)
+    assert main(CONFIG) == 2
+    assert capsys.readouterr().err == "error: give the trained policy's folder as --model=runs/NAME/model\n"
+    assert main([*CONFIG, f"--model={tmp_path / 'nowhere'}"]) == 2
+    assert capsys.readouterr().err == f"error: model folder {tmp_path / 'nowhere'} does not exist\n"

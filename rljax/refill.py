@@ -22,6 +22,10 @@ from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
 SHRINK_FACTOR = 4  # how much smaller each further loop is
+SMALLEST_LOOP = 4  # slots; a loop of its own is not worth its compilation below
+# Slots of a data shard. On CPUs a step's time grows with its slots, so fewer and fuller ones win; an accelerator reads
+# the weights at every step, so many share a read.
+CPU_SLOTS, ACCELERATOR_SLOTS = 32, 256
 
 
 class Slots(NamedTuple):
@@ -76,6 +80,24 @@ class RefillPlan:
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
 
 
+def plan_refill(
+    layout: Layout, rows: int, group: int, *, slots: int = -1, loops: int = 2, uniform_steps: str = "auto"
+) -> RefillPlan | None:
+    """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
+
+    A TPU keeps one loop (decoding is bound by reading weights, whatever the slots) and uniform steps: that its hardware
+    bears data shards of different length is not proven.
+    """
+    if slots == 0:
+        return None
+    requests = rows // layout.data_shards
+    slots = (CPU_SLOTS if layout.on_cpu else ACCELERATOR_SLOTS) if slots < 0 else slots
+    uniform = layout.on_tpu if uniform_steps == "auto" else uniform_steps == "always"
+    return RefillPlan(
+        group=group, slots=min(slots, requests), loops=1 if layout.on_tpu else loops, uniform_steps=uniform
+    )
+
+
 class Refill(NamedTuple):
     """What the loop closes over: static settings, then this shard's inputs."""
 
@@ -115,7 +137,7 @@ def decode_with_refill(
     greedy = prompts.sample_id < sampling.greedy_samples
     r = Refill(model, layout, sampling, dtype, plan, params, queue, keys, greedy)
     sizes = [min(plan.slots, rows)]
-    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR:
+    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
     state = _start(r, sizes[0])
     for number, size in enumerate(sizes):

@@ -246,7 +246,14 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
-    generate = partial(make_generate, session.model, session.train, session.decode, dtype=session.dtype)
+    generate = partial(
+        make_generate,
+        session.model,
+        session.train,
+        session.decode,
+        dtype=session.dtype,
+        refill=session.refill(config, config.rollout_rows, config.rollout.group_size),
+    )
     mixture = algorithm.rival_mixture
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(

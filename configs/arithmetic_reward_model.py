@@ -6,8 +6,8 @@
 The text is of mixed quality, as the quickstart's, on sums of two or three one-digit numbers. A pair is the best of a
 prompt's eight samples against a random worse one. Of the held-out problems there are eight samples each too:
 ``sample_accuracy`` is the share of their pairs of unequal truth that the model orders right, ``best_of_8`` the true
-reward of what it picks. In the second form the truth is a hidden linear function of the digits, and the policy is
-random.
+reward of what it picks. In the second form the truth is a hidden linear function of the digits, the policy is random,
+and the model learns from whole rankings of eight.
 
 Hardware: 2 CPU cores, a minute or two when quiet. Expected: LOG.md.
 """
@@ -72,6 +72,11 @@ def linear() -> ConfigDict:
     config.name = "linear_reward_model"
     config.recipe = ("sample", "main")
     config.reward.names = ("tests.tiny:hidden_linear",)
+    config.select.rule = "ranking"
+    config.algo.loss = "plackett_luce"
+    config.algo.centering_coef = 0.0
+    config.algo.answers = 8
+    config.batch.rows = 16
     return config
 
 

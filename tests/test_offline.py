@@ -198,6 +198,8 @@ def test_mistakes_are_told_before_anything_compiles(tmp_path: Path) -> None:
         opened(offline_config("dpo", tmp_path / "a", **{**files, "data.train": missing}))
     with pytest.raises(ConfigError, match="center_on sets a reward model's bias, and this stage trains none"):
         make_config(offline_config("dpo", tmp_path / "a", **{"critic.center_on": "chosen"}))
+    with pytest.raises(ConfigError, match="splits_by_prompt takes dev and test from"):
+        make_config(offline_config("dpo", tmp_path / "a", **{"data.splits_by_prompt": True}))
     with pytest.raises(ConfigError, match="hinge reads no label_smoothing"):
         make_config(offline_config("dpo", tmp_path / "a", **{"algo.loss": "hinge", "algo.label_smoothing": 0.1}))
 

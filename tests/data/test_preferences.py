@@ -40,7 +40,7 @@ def test_pair_by_hand(letters):
 def test_a_side_over_the_budget_drops_the_pair_and_is_counted(letters):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * n} for n in (1, 5, 2)]
     source = PreferenceSource(rows, letters, 7, seed=0)  # BOS, a, five c, end: 8 tokens
-    assert source.rows == [rows[0], rows[2]] and source.kept == (2, 1, 8, 7)
+    assert source.rows == [rows[0], rows[2]] and source.kept == (2, 1, 8, 7, 0)
     assert sorted(source.take(DataPosition(), 2)[1].row_id) == [0, 1, 4, 5]
     with pytest.raises(DataError, match="no preference row is left of 3: 3 too long, 0 unusable"):
         PreferenceSource(rows, letters, 3, seed=0)

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: quickstart learning-table test test-slow check format clean
+.PHONY: quickstart test test-slow check format bench learning-table clean
 
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ test: $(VENV)/.dev  ## what continuous integration runs
 
 test-slow: $(VENV)/.dev  ## kills, processes, learning controls: before calling something done
 	$(BIN)/python -m pytest -q -m slow --durations=15
+
+bench: $(VENV)/.run  ## the short benchmarks, and a table of them; one alone: python -m benchmarks.grpo_step --size s
+	$(BIN)/python -m benchmarks
 
 check: $(VENV)/.dev  ## the inner loop
 	$(BIN)/ruff format .

@@ -180,7 +180,7 @@ def _rollout_owners(stage: Stage, all_rows: int, group: int) -> list[Owner]:
         # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there.
         Owner("second cache", 0 if refill else prompt + completion, "decode"),
         # Scaled and with their exponentials; truncation sorts them too.
-        Owner("decode logits", logits * (5 if stage.forwards["policy"].truncates else 3), "decode"),
+        Owner("decode logits", logits * (5 if stage.online and stage.forwards["policy"].truncates else 3), "decode"),
     ]
 
 

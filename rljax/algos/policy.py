@@ -66,6 +66,7 @@ class PolicyConfig:
     aggregation: AggregationName  # how the losses of tokens become one number
     kl_in: Literal["loss", "reward"] = "loss"  # where the KL to the reference is charged
     kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k3"  # k1 for the reward, others for the loss
+    kl_of_truncated: bool = False  # charge the reward also where sampling is truncated and the reference is not
     surrogate: Literal["clipped", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = (
         "clipped"  # the loss of a token; gspo and gmpo are of whole sequences, reinforce has no ratio
     )

@@ -196,6 +196,13 @@ def _check_online(stage: StageConfig, where: str) -> None:
         raise ConfigError(f"{where}.reward.names is empty; name a reward, such as gsm8k or package.module:function")
     if stage.batch.rows:
         raise ConfigError(f"{where}.batch.rows is for supervised stages; rollouts have prompts_per_step x group_size")
+    algo = vars(stage.algo)
+    truncated = r.top_k > 0 or r.top_p < 1 or r.min_p > 0
+    if truncated and algo.get("kl_in") == "reward" and algo["kl_coef"] and not algo["kl_of_truncated"]:
+        raise ConfigError(
+            f"{where}.algo.kl_in is 'reward' and rollout truncates the vocabulary, so that the KL would compare a part "
+            f"with a whole; sample from all of it, or set {where}.algo.kl_of_truncated"
+        )
     if r.keep_groups == "all" and r.max_rounds > 1:
         raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")
     if r.group_size == 1 and r.keep_groups == "mixed":

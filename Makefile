@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check format bench learning-table clean
 
 $(VENV)/.run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ quickstart: $(VENV)/.run  ## train a small model from nothing and watch it learn
 	rm -rf runs/quickstart
 	$(BIN)/python -m rljax.main --config configs/quickstart.py
 
+learning-table: $(VENV)/.run  ## every method on one small task, three seeds, with intervals: an hour on 2 cores
+	$(BIN)/python -m benchmarks.learning_table
+
 test: $(VENV)/.dev  ## what continuous integration runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +34,9 @@ test: $(VENV)/.dev  ## what continuous integration runs
 
 test-slow: $(VENV)/.dev  ## kills, processes, learning controls: before calling something done
 	$(BIN)/python -m pytest -q -m slow --durations=15
+
+bench: $(VENV)/.run  ## the short benchmarks, and a table of them; one alone: python -m benchmarks.grpo_step --size s
+	$(BIN)/python -m benchmarks
 
 check: $(VENV)/.dev  ## the inner loop
 	$(BIN)/ruff format .

@@ -49,10 +49,11 @@ def measure_drift(session: Session, folders: Sequence[str], source: PromptSource
     BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
-    generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
     count = min(PROMPTS, len(source)) // session.train.data_shards * session.train.data_shards
     rows, prompts, _ = source.take(DataPosition(), count)
     prompts = repeat_prompts(prompts, SAMPLES)
+    refill = session.refill(session.config, count * SAMPLES, SAMPLES)
+    generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype, refill=refill)
     rows = [row for row in rows for _ in range(SAMPLES)]
     score = make_score(session.forward(sampling), prompts.tokens.shape[1], SAMPLES)
     base = session.base_params()

@@ -29,9 +29,17 @@ class Evaluator:
     def __post_init__(self) -> None:
         config, session = self.session.config, self.session
         sampling = replace(session.sampling(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
-        self._generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
         shards = max(session.train.data_shards, session.decode.data_shards)
         self._prompts_per_batch = -(-min(config.eval.prompts_per_batch, len(self.source)) // shards) * shards
+        samples = config.eval.samples
+        self._generate = make_generate(
+            session.model,
+            session.train,
+            session.decode,
+            sampling,
+            dtype=session.dtype,
+            refill=session.refill(config, self._prompts_per_batch * samples, samples),
+        )
 
     def run(
         self, params: Any, version: int, ranker: ModelReward | None = None

@@ -51,9 +51,7 @@ def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: i
     """
     rows, width = batch["tokens"].shape
     if bin_length and bin_length < width:
-        raise ValueError(
-            f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it, or leave it 0"
-        )
+        raise ValueError(f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it or leave it 0")
     return Packing(micro_batches, rows // (micro_batches * layout.data_shards), bin_length or width, unit)
 
 

@@ -174,7 +174,7 @@ def _rollout_owners(stage: Stage, all_rows: int) -> list[Owner]:
         # XLA turns the cache into the layout of the loop while that of the prefill is still there.
         Owner("second cache", prompt + completion, "decode"),
         # In the carry, scaled and with noise; truncation sorts them too.
-        Owner("decode logits", logits * (5 if stage.forwards["policy"].truncates else 3), "decode"),
+        Owner("decode logits", logits * (5 if stage.online and stage.forwards["policy"].truncates else 3), "decode"),
     ]
 
 

@@ -22,6 +22,11 @@ from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
 SHRINK_FACTOR = 4  # how much smaller each further loop is
+PREFILLED_SAMPLES = 4  # a prefill is for at least so many requests, that reading the weights may pay
+SMALLEST_LOOP = 4  # slots; a loop of its own is not worth its compilation below
+# Slots of a data shard. On CPUs a step's time grows with its slots, so fewer and fuller ones win; an accelerator reads
+# the weights at every step, so many share a read.
+CPU_SLOTS, ACCELERATOR_SLOTS = 32, 256
 
 
 class Slots(NamedTuple):
@@ -46,11 +51,11 @@ class Entries(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Completions in the order of the requests."""
+    """Whole rows in the order of the requests, prompts on the left: what the program returns, so no copy is made."""
 
-    tokens: Int[Array, "r c"]
-    logprobs: Float[Array, "r c"]
-    support: Float[Array, "r c"]
+    tokens: Int[Array, "r t"]
+    logprobs: Float[Array, "r t"]
+    support: Float[Array, "r t"]
     lengths: Int[Array, " r"]
     finished: Bool[Array, " r"]
 
@@ -76,6 +81,24 @@ class RefillPlan:
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
 
 
+def plan_refill(
+    layout: Layout, rows: int, group: int, *, slots: int = -1, loops: int = 2, uniform_steps: str = "auto"
+) -> RefillPlan | None:
+    """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
+
+    A TPU keeps one loop (decoding is bound by reading weights, whatever the slots) and uniform steps: that its hardware
+    bears data shards of different length is not proven.
+    """
+    if slots == 0:
+        return None
+    requests = rows // layout.data_shards
+    slots = (CPU_SLOTS if layout.on_cpu else ACCELERATOR_SLOTS) if slots < 0 else slots
+    uniform = layout.on_tpu if uniform_steps == "auto" else uniform_steps == "always"
+    return RefillPlan(
+        group=group, slots=min(slots, requests), loops=1 if layout.on_tpu else loops, uniform_steps=uniform
+    )
+
+
 class Refill(NamedTuple):
     """What the loop closes over: static settings, then this shard's inputs."""
 
@@ -85,9 +108,8 @@ class Refill(NamedTuple):
     dtype: Any
     plan: RefillPlan
     params: Params
-    queue: Prompts  # one row a prompt
-    keys: PRNGKeyArray  # one a request
-    greedy: Bool[Array, " r"]
+    prompts: Prompts  # one row a request
+    key: PRNGKeyArray
 
     @property
     def budget(self) -> int:
@@ -95,7 +117,15 @@ class Refill(NamedTuple):
 
     @property
     def requests(self) -> int:
-        return self.keys.shape[0]
+        return self.prompts.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.prompts.tokens.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.requests // self.plan.group
 
 
 def decode_with_refill(
@@ -110,12 +140,11 @@ def decode_with_refill(
 ) -> tuple[Array, ...]:
     """One data shard's requests, in groups: as ``sampler.decode_batch``, in their order."""
     rows = prompts.tokens.shape[0]
-    queue = jax.tree.map(lambda x: x[:: plan.group], prompts)
-    keys = jax.vmap(partial(request_key, key))(prompts.prompt_id, prompts.sample_id)
-    greedy = prompts.sample_id < sampling.greedy_samples
-    r = Refill(model, layout, sampling, dtype, plan, params, queue, keys, greedy)
+    if rows % plan.group:
+        raise ValueError(f"a data shard has {rows} requests, which are not whole groups of {plan.group}")
+    r = Refill(model, layout, sampling, dtype, plan, params, prompts, key)
     sizes = [min(plan.slots, rows)]
-    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR:
+    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
     state = _start(r, sizes[0])
     for number, size in enumerate(sizes):
@@ -124,7 +153,8 @@ def decode_with_refill(
         body = partial(_step, r, number == 0, left)
         state = jax.lax.while_loop(lambda s: s.busy, body, state._replace(busy=_busy(r, left, state)))
     w = state.written
-    sampled = jnp.arange(r.budget) < w.lengths[:, None]
+    sampled = jnp.arange(-r.width, r.budget)[None] < w.lengths[:, None]
+    sampled &= jnp.arange(r.width + r.budget) >= r.width
     return w.tokens, w.logprobs, w.support, sampled, w.finished, *step_counts(rows, state.step, state.slot_steps)
 
 
@@ -134,22 +164,14 @@ def step_counts(rows: int, steps: Array, slot_steps: Array) -> tuple[Int[Array, 
 
 
 def _start(r: Refill, slots: int) -> Loop:
-    """Empty slots, and the first prompts prefilled together."""
-    c, count = r.model.config, r.queue.tokens.shape[0]
-    width = r.queue.tokens.shape[1]
-    entries = min(count, slots if r.plan.group == 1 else -(-slots // r.plan.group) + 1)
-    empty = Entries(
-        prompt=jnp.arange(entries, dtype=jnp.int32),
-        open=jnp.full(entries, r.plan.group, jnp.int32),
-        valid=r.queue.valid[:entries],
-        hidden=jnp.zeros((entries, c.width), r.dtype),
-        cache=_entry_cache(r, entries, width),
-    )
-    hidden, cache = _prefill(r, empty.cache, jax.tree.map(lambda x: x[:entries], r.queue), jnp.int32(0))
+    """Empty slots, no prompt at hand, nothing written."""
+    width = r.model.config.width
+    entries = min(r.groups, slots if r.plan.group == 1 else -(-slots // r.plan.group) + 1)
+    row = (r.requests, r.width + r.budget)
     return Loop(
         step=jnp.int32(0),
         admitted=jnp.int32(0),
-        prefilled=jnp.int32(entries),
+        prefilled=jnp.int32(0),
         slot_steps=jnp.int32(0),
         busy=jnp.bool_(True),
         slots=Slots(
@@ -157,14 +179,20 @@ def _start(r: Refill, slots: int) -> Loop:
             entry=jnp.zeros(slots, jnp.int32),
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
-            hidden=jnp.zeros((slots, c.width), r.dtype),
+            hidden=jnp.zeros((slots, width), r.dtype),
             cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
         ),
-        entries=empty._replace(hidden=hidden, cache=cache),
+        entries=Entries(
+            prompt=jnp.zeros(entries, jnp.int32),
+            open=jnp.zeros(entries, jnp.int32),
+            valid=jnp.zeros((entries, r.width), bool),
+            hidden=jnp.zeros((entries, width), r.dtype),
+            cache=_entry_cache(r, entries, r.width),
+        ),
         written=Written(
-            tokens=jnp.zeros((r.requests, r.budget), jnp.int32),
-            logprobs=jnp.zeros((r.requests, r.budget), wide_dtype(r.dtype)),
-            support=jnp.full((r.requests, r.budget), -jnp.inf, wide_dtype(r.dtype)),
+            tokens=jnp.pad(r.prompts.tokens, ((0, 0), (0, r.budget))),
+            logprobs=jnp.zeros(row, wide_dtype(r.dtype)),
+            support=jnp.full(row, -jnp.inf, wide_dtype(r.dtype)),
             lengths=jnp.zeros(r.requests, jnp.int32),
             finished=jnp.zeros(r.requests, bool),
         ),
@@ -183,13 +211,15 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         s = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
         s = _admitted(r, s)
     slots, cursor = s.slots, s.step % r.budget
-    keys = jax.vmap(jax.random.fold_in)(r.keys[slots.request], slots.age)
+    sample_id = r.prompts.sample_id[slots.request]
+    keys = jax.vmap(partial(request_key, r.key))(r.prompts.prompt_id[slots.request], sample_id)
+    keys = jax.vmap(jax.random.fold_in)(keys, slots.age)
     scores = vocabulary_logits(r.model, r.params, slots.hidden)
-    greedy = r.greedy[slots.request] if r.sampling.greedy_samples else None
+    greedy = sample_id < r.sampling.greedy_samples if r.sampling.greedy_samples else None
     token, logprob, support = draw(keys, scores, r.sampling, greedy)
     ended = jnp.any(token[:, None] == jnp.asarray(r.sampling.end_ids, jnp.int32), axis=-1)
     at = jnp.where(slots.running, slots.request, r.requests)  # out of bounds: not written
-    put = partial(_put, at, slots.age)
+    put = partial(_put, at, r.width + slots.age)
     w = s.written
     written = Written(
         tokens=put(w.tokens, token),
@@ -228,23 +258,29 @@ def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
     return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
 
 
+def _at_once(r: Refill, s: Loop) -> int:
+    """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""
+    return min(s.entries.open.shape[0], max(1, PREFILLED_SAMPLES // r.plan.group))
+
+
 def _can_prefill(r: Refill, s: Loop) -> Array:
-    return (s.prefilled < r.queue.tokens.shape[0]) & jnp.any(s.entries.open == 0)
+    waiting = r.groups - s.prefilled
+    return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, _at_once(r, s)))
 
 
 def _prefill_next(r: Refill, s: Loop) -> Loop:
-    """The next prompt of the queue into a free entry."""
-    at = jnp.argmax(s.entries.open == 0).astype(jnp.int32)
-    prompt = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, s.prefilled, 1), r.queue)
-    hidden, cache = _prefill(r, s.entries.cache, prompt, at)
+    """The next prompts of the queue into free entries."""
+    at = jnp.argsort(s.entries.open, stable=True)[: _at_once(r, s)].astype(jnp.int32)
+    number = s.prefilled + jnp.arange(at.shape[0], dtype=jnp.int32)
+    there = number < r.groups
+    prompts = jax.tree.map(lambda x: x[jnp.where(there, number * r.plan.group, 0)], r.prompts)
+    hidden, cache = _prefill(r, s.entries.cache, prompts, at, there)
+    places = jnp.where(there, at, s.entries.open.shape[0])  # out of bounds: not written
+    new = (number, jnp.full_like(number, r.plan.group), prompts.valid, hidden)
     entries = Entries(
-        prompt=s.entries.prompt.at[at].set(s.prefilled),
-        open=s.entries.open.at[at].set(r.plan.group),
-        valid=jax.lax.dynamic_update_slice_in_dim(s.entries.valid, prompt.valid, at, 0),
-        hidden=jax.lax.dynamic_update_slice_in_dim(s.entries.hidden, hidden, at, 0),
-        cache=cache,
+        *(old.at[places].set(x, mode="drop") for old, x in zip(s.entries, new, strict=False)), cache=cache
     )
-    return s._replace(prefilled=s.prefilled + 1, entries=entries)
+    return s._replace(prefilled=s.prefilled + jnp.sum(there, dtype=jnp.int32), entries=entries)
 
 
 def _admitted(r: Refill, s: Loop) -> Loop:
@@ -303,8 +339,8 @@ def _entry_cache(r: Refill, entries: int, width: int) -> Cache | list[Cache]:
     return _stacks(r, Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned)))
 
 
-def _prefill(r: Refill, cache: Cache | list[Cache], prompts: Prompts, at: Array) -> tuple[Float[Array, "q d"], Any]:
-    """Prompts through the model into the entries from ``at`` on; what predicts their first tokens."""
+def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -> tuple[Float[Array, "n d"], Any]:
+    """Prompts through the model into entries ``at``, those that are ``there``; what predicts their first tokens."""
     c = r.model.config
     segments, positions = prompts.valid.astype(jnp.int32), row_positions(prompts.valid)
     seen = visibility(positions, positions, segments, segments, c.sliding_window)
@@ -312,19 +348,28 @@ def _prefill(r: Refill, cache: Cache | list[Cache], prompts: Prompts, at: Array)
     def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
         out = attention(q, k, v, seen, c.attention_scale)
-        if r.plan.group > 1:
-            place = (layer, 0, at, 0, 0)
-            return out, _written(cache, k.swapaxes(0, 1), v.swapaxes(0, 1), place)
-        return out, _written(cache, k, v, (layer, at, 0, 0, 0))
+        for i in range(at.shape[0]):
+            new, place = (k[i : i + 1], v[i : i + 1]), (layer, at[i], 0, 0, 0)
+            if r.plan.group > 1:
+                new, place = (k[i][:, None], v[i][:, None]), (layer, 0, at[i], 0, 0)
+            cache = _written(cache, *new, place, there[i])
+        return out, cache
 
     hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)
     return hidden[:, -1], cache
 
 
-def _written(cache: Cache, k: Array, v: Array, at: tuple) -> Cache:
+def _written(cache: Cache, k: Array, v: Array, at: tuple, there: Array | None = None) -> Cache:
+    """A layer's keys and values at a place of the cache, where ``there`` is not false."""
     at = tuple(jnp.int32(i) for i in at)  # one type, in float64 runs too
-    pairs = ((cache.k, k), (cache.v, v))
-    return Cache(*(jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at) for old, new in pairs))
+
+    def put(old: Array, new: Array) -> Array:
+        new = new[None].astype(old.dtype)
+        if there is not None:
+            new = jnp.where(there, new, jax.lax.dynamic_slice(old, at, new.shape))
+        return jax.lax.dynamic_update_slice(old, new, at)
+
+    return Cache(put(cache.k, k), put(cache.v, v))
 
 
 def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:

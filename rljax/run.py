@@ -237,7 +237,7 @@ def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any])
             pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
             writer.say(f"warning: {split}: {overlap} (rows {pairs})")
     for split, kept in (("train", train.kept), *((split, source.kept) for split, source in held_out.items())):
-        if kept.dropped:
+        if kept.dropped or kept.bad:
             writer.say(f"{split}: {kept}")
     writer.write(
         0,
@@ -247,6 +247,7 @@ def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any])
             "data/overlap_8gram": sum(overlap.shared_ngrams for overlap in found.values()),
             "data/duplicates": max((overlap.train_duplicates for overlap in found.values()), default=0),
             "data/too_long": train.kept.dropped,
+            "data/unusable": train.kept.bad,
         },
     )
 

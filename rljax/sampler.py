@@ -25,10 +25,10 @@ class DecodeState(NamedTuple):
     """The loop's carry on one data shard."""
 
     step: Int[Array, ""]
-    tokens: Int[Array, "b c"]
-    logprobs: Float[Array, "b c"]
-    support: Float[Array, "b c"]
-    sampled: Bool[Array, "b c"]
+    tokens: Int[Array, "b t"]
+    logprobs: Float[Array, "b t"]
+    support: Float[Array, "b t"]
+    sampled: Bool[Array, "b t"]
     running: Bool[Array, " b"]
     finished: Bool[Array, " b"]  # an end token was sampled
     hidden: tuple[Float[Array, "b d"], ...]  # predicts the next token; of every model that has a say
@@ -79,13 +79,12 @@ def make_generate(
             check_vma=False,
         )
         tokens, logprobs, support, sampled, finished, steps, slot_steps = shard(weights, prompts, key)
-        prompt_part = jnp.zeros(prompts.tokens.shape, bool)
         rollout = Rollout(
-            tokens=jnp.concatenate([prompts.tokens, tokens], axis=1),
-            valid=jnp.concatenate([prompts.valid, sampled], axis=1),
-            loss_mask=jnp.concatenate([prompt_part, sampled], axis=1),
-            behavior_logprobs=jnp.concatenate([prompt_part.astype(logprobs.dtype), logprobs], axis=1),
-            support=jnp.concatenate([jnp.where(prompt_part, 0.0, -jnp.inf).astype(support.dtype), support], axis=1),
+            tokens=tokens,
+            valid=sampled | jnp.pad(prompts.valid, ((0, 0), (0, sampling.max_new_tokens))),
+            loss_mask=sampled,
+            behavior_logprobs=logprobs,
+            support=support,
             finish_reason=jnp.where(finished, FINISH_END, FINISH_LENGTH),
             prompt_id=prompts.prompt_id,
             sample_id=prompts.sample_id,
@@ -148,7 +147,7 @@ def decode_batch(
 
         def write(column: Array, value: Array, empty: Any) -> Array:
             value = jnp.where(s.running, value.astype(column.dtype), empty)
-            return jax.lax.dynamic_update_slice(column, value[:, None], (jnp.int32(0), s.step))
+            return jax.lax.dynamic_update_slice(column, value[:, None], (jnp.int32(0), p + s.step))
 
         position = lengths + s.step
         columns = jnp.arange(p + budget)
@@ -170,10 +169,10 @@ def decode_batch(
 
     start = DecodeState(
         step=jnp.int32(0),
-        tokens=jnp.zeros((b, budget), jnp.int32),
-        logprobs=jnp.zeros((b, budget), wide),
-        support=jnp.full((b, budget), -jnp.inf, wide),
-        sampled=jnp.zeros((b, budget), bool),
+        tokens=jnp.pad(prompts.tokens, ((0, 0), (0, budget))),
+        logprobs=jnp.zeros((b, p + budget), wide),
+        support=jnp.full((b, p + budget), -jnp.inf, wide),
+        sampled=jnp.zeros((b, p + budget), bool),
         running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
         finished=jnp.zeros(b, bool),
         hidden=first,

@@ -20,6 +20,7 @@ from rljax.models.decoder import Model, Params, check_tensor_degree
 from rljax.models.hf_import import find_params, load_config, load_params
 from rljax.models.params import abstract_params, init_params, init_scalar_head, param_shardings
 from rljax.peers import join_peers
+from rljax.refill import RefillPlan, plan_refill
 from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
 from rljax.steps import copy_params
 
@@ -108,6 +109,13 @@ class Session:
         head = init_scalar_head(model, self.train, seed, self.param_dtype)
         body, places = ({name: tree[name] for name in names} for tree in (body, param_shardings(model, self.train)))
         return {**copy_params(body, places, self.param_dtype), **head}
+
+    def refill(self, stage: StageConfig, rows: int, group: int) -> RefillPlan | None:
+        """How ``rows`` requests in groups are worked off."""
+        r = stage.rollout
+        return plan_refill(
+            self.decode, rows, group, slots=r.slots, loops=r.shrink_stages, uniform_steps=r.uniform_steps
+        )
 
     def check_weights(self) -> None:
         """That a checkpoint's files are there and whole. Raises ModelFolderError."""

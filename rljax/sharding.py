@@ -55,6 +55,10 @@ class Layout:
         return self.mesh.devices.flat[0].platform == "cpu"
 
     @property
+    def on_tpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
     def data_shards(self) -> int:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -120,7 +120,8 @@ def _shrink_stage(place: ConfigDict, config: Config, name: str) -> None:
     else:
         settings["batch.rows"] = ROWS // algorithm.unit
     settings["batch.minibatches"] = min(stage.batch.minibatches, 2)
-    settings["batch.micro_batch_rows"] = ROWS // settings["batch.minibatches"] // 2 * bool(stage.batch.micro_batch_rows)
+    is_cut = stage.batch.micro_batch_rows and settings["batch.minibatches"] == 1
+    settings["batch.micro_batch_rows"] = ROWS // 2 if is_cut else 0
     for tree, optim in (("optim", stage.optim), ("critic.optim", stage.critic.optim)):
         settings[f"{tree}.warmup_steps"] = min(optim.warmup_steps, 1)
         settings[f"{tree}.freeze_steps"] = min(optim.freeze_steps, 1)

@@ -75,7 +75,10 @@ class Stage:
         rates = {}
         for tree, optim in optims(self.config, self.algorithm).items():
             schedule = make_schedule(optim, max(horizon - optim.freeze_steps, 1))
-            rates[tree] = float(schedule(step - optim.freeze_steps)) if step >= optim.freeze_steps else 0.0
+            rate = float(
+                schedule(max(step - optim.freeze_steps, 0))
+            )  # in every step: what it compiles, it compiles at once
+            rates[tree] = rate if step >= optim.freeze_steps else 0.0
         return rates
 
     # -- trained trees
@@ -246,7 +249,14 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
-    generate = partial(make_generate, session.model, session.train, session.decode, dtype=session.dtype)
+    generate = partial(
+        make_generate,
+        session.model,
+        session.train,
+        session.decode,
+        dtype=session.dtype,
+        refill=session.refill(config, config.rollout_rows, config.rollout.group_size),
+    )
     mixture = algorithm.rival_mixture
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(

@@ -144,7 +144,7 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.batch.micro_batch_rows=5"], "batch.micro_batch_rows 5 does not divide a minibatch of 16 rows"),
         (
             ["--config.batch.row_length=15"],
-            "batch.row_length 15 is shorter than the 16 tokens that a sequence can have",
+            "batch.row_length 15 is shorter than the 32 tokens that a sequence",
         ),
         (["--config.batch.pack=false", "--config.batch.row_length=64"], "row_length is not read"),
         (["--config.batch.minibatches=3"], "config.batch.minibatches 3 does not divide the 16 rows of a step"),

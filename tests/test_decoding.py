@@ -1,14 +1,13 @@
 """From logits to a token: draws follow the softmax, truncation keeps the set it should, and keys are identities."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from rljax.decoding import Sampling, draw_token, next_tokens, request_key, support_threshold
+from rljax.decoding import Sampling, draw, request_key, support_threshold
+from rljax.losses.logprobs import token_logprobs, truncated_logprobs
 
 VOCAB = 300  # two whole blocks of 128 and a third that is mostly padding
 PADDED = 384
@@ -26,12 +25,22 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def sampling(**settings: float) -> Sampling:
+    return Sampling(max_new_tokens=1, end_ids=(0,), **settings)
+
+
+def draw_tokens(keys: jax.Array, logits: jnp.ndarray, **settings: float) -> jax.Array:
+    """One token for each key, all from the same logits."""
+    one = jax.vmap(lambda key: draw(key[None], logits[:, None], sampling(**settings)).tokens[0])
+    return jax.jit(one)(keys)
+
+
 @pytest.fixture(scope="module")
 def counts() -> tuple[np.ndarray, np.ndarray]:
     """How often each token was drawn, and the logits it was drawn from."""
     logits = np.random.default_rng(0).uniform(-1.5, 1.5, VOCAB)
     keys = jax.random.split(jax.random.key(1), DRAWS)
-    tokens = jax.jit(jax.vmap(draw_token, in_axes=(0, None)))(keys, padded(logits))
+    tokens = draw_tokens(keys, padded(logits))
     return np.bincount(np.asarray(tokens), minlength=PADDED), logits
 
 
@@ -54,22 +63,36 @@ def test_more_padding_changes_no_draw() -> None:
     """The vocabulary is padded to tensor x 128, and the mesh must not change a token."""
     logits = np.random.default_rng(1).normal(size=VOCAB)
     keys = jax.random.split(jax.random.key(2), 500)
-    draw = jax.jit(jax.vmap(draw_token, in_axes=(0, None)))
     wider = np.pad(logits, (0, 1024 - VOCAB), constant_values=-np.inf)
-    np.testing.assert_array_equal(draw(keys, padded(logits)), draw(keys, padded(wider)))
+    np.testing.assert_array_equal(draw_tokens(keys, padded(logits)), draw_tokens(keys, padded(wider)))
 
 
 def test_float64_logits_draw_the_tokens_of_float32() -> None:
     logits = np.random.default_rng(2).normal(size=VOCAB)
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(3), 500)
-        draw = jax.jit(jax.vmap(draw_token, in_axes=(0, None)))
         narrow = padded(logits)
-        np.testing.assert_array_equal(draw(keys, narrow), draw(keys, narrow.astype(jnp.float64)))
+        np.testing.assert_array_equal(draw_tokens(keys, narrow), draw_tokens(keys, narrow.astype(jnp.float64)))
 
 
-def sampling(**settings: float) -> Sampling:
-    return Sampling(max_new_tokens=1, end_ids=(0,), **settings)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.3}])
+def test_a_draws_log_prob_is_that_of_the_trainers_function(settings: dict[str, float]) -> None:
+    logits = padded(np.random.default_rng(6).normal(size=(40, VOCAB)))
+    keys = jax.random.split(jax.random.key(5), 40)
+    drawn, s = draw(keys, logits.T, sampling(**settings)), sampling(**settings)
+    if s.truncates:
+        expected = truncated_logprobs(logits, drawn.tokens, drawn.support, s.temperature)
+    else:
+        expected = token_logprobs(logits, drawn.tokens, s.temperature)
+    np.testing.assert_allclose(drawn.logprobs, expected, atol=2e-6)
+
+
+def test_greedy_rows_take_the_largest_among_rows_that_are_drawn() -> None:
+    logits = padded(np.random.default_rng(7).normal(size=(50, VOCAB)))
+    keys, greedy = jax.random.split(jax.random.key(6), 50), jnp.arange(50) % 2 == 0
+    mixed = draw(keys, logits.T, sampling(), greedy).tokens
+    np.testing.assert_array_equal(mixed[::2], logits.argmax(axis=-1)[::2])
+    np.testing.assert_array_equal(mixed[1::2], draw(keys, logits.T, sampling()).tokens[1::2])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +139,8 @@ def test_truncated_draws_follow_the_renormalised_softmax() -> None:
     logits = np.log(np.array([0.3, 0.1, 0.4, 0.2]))
     s = sampling(top_k=3, temperature=0.5)
     keys = jax.random.split(jax.random.key(4), 20_000)
-    tokens, support = jax.jit(partial(next_tokens, sampling=s))(keys, jnp.tile(padded(logits), (20_000, 1)))
+    drawn = jax.jit(draw, static_argnums=2)(keys, jnp.tile(padded(logits)[:, None], (1, 20_000)), s)
+    tokens, support = drawn.tokens, drawn.support
     # Squares of .3, .4, .2 are 9, 16, 4 of 29.
     expected = 20_000 * np.array([9, 0, 16, 4]) / 29
     seen = np.bincount(tokens, minlength=4)
@@ -129,7 +153,7 @@ def test_temperature_0_takes_the_largest_whatever_the_key_and_the_truncation() -
     logits = np.random.default_rng(5).normal(size=(6, VOCAB))
     for seed in (0, 1):
         keys = jax.random.split(jax.random.key(seed), 6)
-        tokens, support = next_tokens(keys, padded(logits), sampling(temperature=0.0, top_k=3))
+        tokens, _, support = draw(keys, padded(logits).T, sampling(temperature=0.0, top_k=3))
         np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
         assert np.isneginf(support).all()
 

@@ -80,6 +80,7 @@ def test_it_learns_its_rows_by_heart(algo: str, tmp_path: Path) -> None:
         assert records[-1]["train/accuracy"] >= records[0]["train/accuracy"] + 0.1
     elif "train/accuracy" in records[0]:
         assert records[-1]["train/accuracy"] >= max(0.9, records[0]["train/accuracy"])
+        assert records[-1]["train/margin"] > records[0]["train/margin"]
     else:
         assert records[-1]["train/reward_desirable"] > records[-1]["train/reward_undesirable"] + 0.1
 
@@ -197,6 +198,8 @@ def test_mistakes_are_told_before_anything_compiles(tmp_path: Path) -> None:
         opened(offline_config("dpo", tmp_path / "a", **{**files, "data.train": missing}))
     with pytest.raises(ConfigError, match="center_on sets a reward model's bias, and this stage trains none"):
         make_config(offline_config("dpo", tmp_path / "a", **{"critic.center_on": "chosen"}))
+    with pytest.raises(ConfigError, match="splits_by_prompt takes dev and test from"):
+        make_config(offline_config("dpo", tmp_path / "a", **{"data.splits_by_prompt": True}))
     with pytest.raises(ConfigError, match="hinge reads no label_smoothing"):
         make_config(offline_config("dpo", tmp_path / "a", **{"algo.loss": "hinge", "algo.label_smoothing": 0.1}))
 

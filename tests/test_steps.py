@@ -121,6 +121,33 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(batch: Batch) ->
     assert (other != again).any()
 
 
+# -- text beside the rollout
+
+
+def test_the_gradient_of_mixed_text_adds_up(batch: Batch) -> None:
+    """PPO-ptx, at a rate of 1 without momentum or clip: a step is GRPO's and half of the text's own."""
+    plain = make_optimizer({"policy": OptimConfig(name="sgd", b1=0.0, learning_rate=1.0, clip_norm=0.0)}, 10)
+    text = random_batch(np.random.default_rng(1), 61, [(1, 3), (2, 4), (1, 1), (2, 2)] * 2, P, C)
+    text = {name: text[name] for name in ("tokens", "valid", "loss_mask")}
+
+    def moved(algorithm: Algorithm, rows: Batch, text: Batch | None = None, coef: float = 0.0) -> Any:
+        where = jax.tree.map(lambda x: x.sharding, start(plain, algorithm))
+        plan = UpdatePlan(1, 1, 1, head_from=P if algorithm is GRPO else 1, text_coef=coef)
+        program = make_update(algorithm, {"policy": tiny_forward(MODEL, PLACE)}, plain, plan, where)
+        placed = [{name: to_global(x, PLACE.rows) for name, x in b.items()} for b in (rows, text) if b is not None]
+        state, metrics = program(start(plain, algorithm), placed[0], jax.random.key(0), *placed[1:])
+        before = start(plain, algorithm).params
+        return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, before), jax.device_get(metrics)
+
+    alone, _ = moved(GRPO, batch)
+    supervised, read = moved(sft.make(sft.Config(), group_size=1, max_new_tokens=1), text)
+    both, metrics = moved(GRPO, batch, text, 0.5)
+    expected = jax.tree.map(lambda a, b: a + 0.5 * b, alone, supervised)
+    assert relative_error(both, expected) < 1e-5
+    assert relative_error(both, alone) > 1e-2
+    np.testing.assert_allclose(metrics["text_nll"], read["nll"], rtol=1e-5)
+
+
 # -- truth 8
 
 

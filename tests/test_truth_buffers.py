@@ -33,14 +33,16 @@ def large_buffers(text: str) -> set[str]:
     return {shape for shape in SHAPE.findall(text) if math.prod(map(int, shape.split(","))) >= LIMIT}
 
 
-def abstract_batch() -> dict[str, Any]:
-    batch = random_batch(np.random.default_rng(0), V, [(P, C)] * B, P, C)
+def abstract_batch(rows: int = B) -> dict[str, Any]:
+    batch = random_batch(np.random.default_rng(0), V, [(P, C)] * rows, P, C)
     place = layout().rows
     narrow = {name: x.astype(np.float32) if x.dtype == np.float64 else x for name, x in batch.items()}
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in narrow.items()}
 
 
-def compiled_update(algorithm: Algorithm, head_from: int, **changes: Any) -> str:
+def compiled_update(
+    algorithm: Algorithm, head_from: int, micro_batches: int = 1, bin_length: int | None = None, **changes: Any
+) -> str:
     place = layout()
     forward: Forward = tiny_forward(MODEL, place, **changes)
     optimizer = make_optimizer({"policy": OptimConfig(learning_rate=1e-3)}, 10)
@@ -48,9 +50,9 @@ def compiled_update(algorithm: Algorithm, head_from: int, **changes: Any) -> str
     params = {"policy": abstract_params(MODEL, place)}
     state = jax.eval_shape(lambda p: init_state(p, shardings, optimizer, algorithm.init(), place), params)
     where = jax.tree.map(lambda _: place.replicated, state)
-    plan = UpdatePlan(epochs=2, minibatches=1, micro_batches=1, head_from=head_from)
+    plan = UpdatePlan(2, 1, micro_batches, head_from, bin_length)
     update = make_update(algorithm, {"policy": forward}, optimizer, plan, where)
-    return update.lower(state, abstract_batch(), jax.random.key(0)).compile().as_text()
+    return update.lower(state, abstract_batch(micro_batches * B), jax.random.key(0)).compile().as_text()
 
 
 def compiled_score(**changes: Any) -> str:
@@ -66,10 +68,11 @@ GRPO = grpo_algorithm(kl_coef=0.1, entropy_coef=0.01, max_new_tokens=C)
     [
         lambda: compiled_update(GRPO, P),
         lambda: compiled_update(GRPO, P, truncates=True, temperature=0.7, dtype=jnp.bfloat16, remat="block"),
+        lambda: compiled_update(GRPO, P, micro_batches=2, bin_length=0),
         lambda: compiled_update(sft.make(sft.Config(), group_size=1, max_new_tokens=1), 1),
         lambda: compiled_score(truncates=True),
     ],
-    ids=["grpo", "grpo-truncated-bfloat16-remat", "sft", "score"],
+    ids=["grpo", "grpo-truncated-bfloat16-remat", "grpo-packed", "sft", "score"],
 )
 def test_no_logits_of_a_whole_batch(program: Any) -> None:
     text = program()

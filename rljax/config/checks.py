@@ -187,6 +187,8 @@ def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
         )
     if stage.text_mix.coef and not stage.text_mix.train:
         raise ConfigError(f"{where}.text_mix.train is not set; name the text that text_mix.coef mixes in")
+    if stage.data.splits_by_prompt and (stage.data.dev or stage.data.test):
+        raise ConfigError(f"{where}.data.splits_by_prompt takes dev and test from data.train; leave both empty")
     if stage.critic.center_on and "reward_model" not in algorithm.trains:
         raise ConfigError(f"{where}.critic.center_on sets a reward model's bias, and this stage trains none")
     if stage.text_mix.coef and "policy" not in algorithm.trains:

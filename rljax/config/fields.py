@@ -125,6 +125,9 @@ class RolloutConfig:
         "all"  # mixed: refill until prompts_per_step groups have both right and wrong
     )
     max_rounds: Positive = 1  # of refilling
+    slots: Annotated[int, Range(-1)] = -1  # answers a data shard writes at once; 0: a fixed batch of all; -1: by device
+    shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
+    uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 

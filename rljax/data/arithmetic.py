@@ -106,15 +106,15 @@ def make_comparisons(
 ) -> list[dict[str, Any]]:
     """The problems of ``make_rows`` with two answers each: worked out, and a wrong guess 1 or 2 beside the result.
 
-    Rows have ``prompt, chosen, rejected`` and ``chosen_score, rejected_score``: 1 for the right one, and how far the
-    wrong one is off, below 0.
+    Rows have ``prompt, chosen, rejected`` and ``chosen_score, rejected_score``: 1 for the right one, and for the wrong
+    one 1 less how far it is off, 0 or -1.
     """
     rng = np.random.default_rng([seed, 1])
     rows = []
     for row in make_rows(split=split, count=count, seed=seed, difficulty=difficulty, bounds=bounds):
         answer = int(row["answer"])
         wrong = answer + int(rng.integers(1, 3)) * (1 if answer < 2 or rng.random() < 0.5 else -1)
-        scores = {"chosen_score": 1.0, "rejected_score": -abs(float(wrong - answer))}
+        scores = {"chosen_score": 1.0, "rejected_score": 1.0 - abs(wrong - answer)}
         rows.append({**row, "chosen": row["solution"], "rejected": f"#{wrong}", **scores})
     return rows
 

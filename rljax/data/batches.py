@@ -27,10 +27,13 @@ class Kept(NamedTuple):
     dropped: int
     longest: int  # tokens, over all rows
     limit: int
+    bad: int = 0  # left out because they prefer nothing
 
     def __str__(self) -> str:
+        unusable = f", {self.bad} left out as unusable" if self.bad else ""
         return (
             f"{self.rows} rows kept, {self.dropped} dropped as longer than {self.limit} tokens (longest {self.longest})"
+            f"{unusable}"
         )
 
 

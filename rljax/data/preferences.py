@@ -102,7 +102,7 @@ class PreferenceSource:
                 self.rows.append({**row, "prompt": comparison.prompt})
                 self._units.append(Unit(number * 2 + k if kind == "labelled" else number, [*sides], comparison.scores))
                 comparisons.append(comparison)
-        self.kept = Kept(len(self.rows), dropped, longest, length)
+        self.kept = Kept(len(self.rows), dropped, longest, length, len(self.bad))
         if not self.rows:
             raise DataError(f"no preference row is left of {len(rows)}: {dropped} too long, {len(self.bad)} unusable")
         if kind == "labelled" and unit == 2:

@@ -269,7 +269,7 @@ def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[A
         write = partial(lax.dynamic_update_slice_in_dim, start_index=number * rows, axis=0)
         return carry, jax.tree.map(write, state[1], results)
 
-    shapes = jax.eval_shape(lambda: chunk(carry, cut(0))[1])
+    shapes = jax.eval_shape(lambda: chunk(carry, cut(jnp.int32(0)))[1])
     empty = jax.tree.map(lambda s: jnp.zeros((padded[0].shape[0], *s.shape[1:]), s.dtype), shapes)
     used = (count + rows - 1) // rows
     carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))

@@ -211,6 +211,8 @@ def vocabulary_logits(model: Model, params: Params, hidden: Float[Array, "b d"])
     """The same with the vocabulary first, as the table has it."""
     table = head_table(params).astype(hidden.dtype)
     scores = contract("zy,ay->za", table, hidden, wide_dtype(hidden.dtype))
+    if table.shape[0] == model.config.vocab_size:
+        return scores
     return jnp.where(jnp.arange(table.shape[0])[:, None] < model.config.vocab_size, scores, -jnp.inf)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rljax.data.batches import DataPosition
-from rljax.data.preferences import PreferenceSource, read_comparison, rows_of_split
+from rljax.data.preferences import PreferenceSource, held_out_by_prompt, read_comparison, rows_of_split
 from rljax.data.rows import DataError, load_rows
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 
@@ -40,7 +40,7 @@ def test_pair_by_hand(letters):
 def test_a_side_over_the_budget_drops_the_pair_and_is_counted(letters):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c" * n} for n in (1, 5, 2)]
     source = PreferenceSource(rows, letters, 7, seed=0)  # BOS, a, five c, end: 8 tokens
-    assert source.rows == [rows[0], rows[2]] and source.kept == (2, 1, 8, 7)
+    assert source.rows == [rows[0], rows[2]] and source.kept == (2, 1, 8, 7, 0)
     assert sorted(source.take(DataPosition(), 2)[1].row_id) == [0, 1, 4, 5]
     with pytest.raises(DataError, match="no preference row is left of 3: 3 too long, 0 unusable"):
         PreferenceSource(rows, letters, 3, seed=0)
@@ -116,6 +116,22 @@ def test_splits_are_by_prompt():
     assert sum(map(len, parts.values())) == 200 and all(parts.values())
     assert not parts["train"] & parts["test"] and not parts["train"] & parts["dev"] and not parts["dev"] & parts["test"]
     assert sum(len(rows_of_split(rows, split)) for split in parts) == 600
+
+
+def test_rows_of_one_prompt_are_held_out_together():
+    rows = [{"prompt": p, "chosen": c, "rejected": "x"} for p, c in ("aA", "bB", "cC", "aD", "cE")]
+    train, held = held_out_by_prompt(rows, 1)  # the last row's prompt has another row
+    assert ([r["chosen"] for r in train], [r["chosen"] for r in held]) == (["A", "B", "D"], ["C", "E"])
+    train, held = held_out_by_prompt(rows, 3)
+    assert ([r["chosen"] for r in train], [r["chosen"] for r in held]) == (["B"], ["A", "C", "D", "E"])
+    with pytest.raises(DataError, match="leaves none to train on"):
+        held_out_by_prompt(rows, 5)
+
+
+def test_another_seed_is_another_split():
+    rows = [{"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(200)]
+    splits = [{row["prompt"] for row in rows_of_split(rows, "test", seed=seed)} for seed in (0, 1)]
+    assert splits[0] != splits[1] and all(8 <= len(split) <= 32 for split in splits)
 
 
 def test_real_pairs(data_dir):

@@ -1,0 +1,61 @@
+"""An update on rows of skewed lengths, packed into bins and one row a bin: the same gradient, fewer micro-batches.
+
+python -m benchmarks.packing --size s --dtype bfloat16
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.common import Report, arguments, check, interleaved
+from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, online_stage
+from rljax.sharding import to_global
+
+ROWS = 64
+MEAN, SPREAD = 36, 1.0  # tokens of a completion, log-normal as answers are; deviation of the logarithm
+
+
+def skewed_batch(rng: np.random.Generator, vocab: int, prompt: int, completion: int) -> dict[str, np.ndarray]:
+    """Prompts of 8 tokens or more, completions of log-normal length, as GRPO's targets give them."""
+    prompts = rng.integers(8, prompt + 1, ROWS)
+    lengths = np.clip(rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, ROWS), 1, completion).astype(int)
+    columns = np.arange(prompt + completion)
+    valid = (columns >= prompt - prompts[:, None]) & (columns < prompt + lengths[:, None])
+    numbers = {"behavior_logprobs": -9.0, "ref_logprobs": -9.0, "advantages": 1.0, "support": -np.inf}
+    filled = {name: np.full(valid.shape, value, np.float32) for name, value in numbers.items()}
+    filled["advantages"] *= rng.normal(size=(ROWS, 1)).astype(np.float32)
+    tokens = rng.integers(3, vocab, valid.shape, dtype=np.int32)
+    return {"tokens": tokens, "valid": valid, "loss_mask": valid & (columns >= prompt), **filled}
+
+
+def main() -> None:
+    a = arguments(__doc__, micro=8, prompt=PROMPT, completion=COMPLETION)
+    programs, results, reports = {}, {}, {}
+    for name, pack in (("packed", True), ("row_a_bin", False)):
+        settings = {"batch.pack": pack, "batch.micro_batch_rows": a.micro, "data.prompt_lengths": (a.prompt,)}
+        session = endless_session(grpo_config(a.size, a.dtype, **settings, **{"rollout.max_new_tokens": a.completion}))
+        host = skewed_batch(np.random.default_rng(0), session.model.config.vocab_size, a.prompt, a.completion)
+        batch = {key: to_global(x, session.train.rows) for key, x in host.items()}
+        stage = online_stage(session)
+        results[name] = {"state": stage.start({"policy": session.base_params()})}
+        reports[name] = Report("packing", a.size, a.dtype, batch=ROWS, layout=name, micro_batch_rows=a.micro)
+
+        def run(name: str = name, stage: Any = stage, batch: Any = batch, prompt: int = a.prompt) -> Any:
+            state = results[name]["state"]
+            state, metrics = stage.program("update", prompt, state)(state, batch, jax.random.key(0))
+            results[name] |= {"state": state, "first": results[name].get("first") or jax.device_get(metrics)}
+            return state
+
+        programs[name] = run
+    samples = interleaved(programs, a.repeats)
+    one, other = (results[name]["first"] for name in programs)
+    norms = [float(first["grad_norm/policy"][0]) for first in (one, other)]
+    error = check("gradient norm", abs(norms[0] / norms[1] - 1), 1e-4 if a.dtype == "float32" else 0.02)
+    for name, each in samples.items():
+        padding = 1 - float(host["valid"].mean())
+        reports[name].line(each, tokens=float(host["valid"].sum()), padding_share=padding, error=error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The fast rollout against the plain one: the same tokens and log-probs, whatever slots, groups, loops and mesh."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax.decoding import Sampling
+from rljax.models.decoder import Model
+from rljax.models.params import init_params
+from rljax.refill import CPU_SLOTS, RefillPlan, plan_refill
+from rljax.sampler import Generate, make_generate
+from rljax.sharding import DECODE_RULES, Layout
+from rljax.types import FINISH_LENGTH, Prompts, Rollout
+from tests.models.tiny import layout, tiny_model
+from tests.truths import make_prompts
+
+WIDTH, BUDGET, PROMPTS = 6, 9, 8
+ENDS = (4, 7)
+MODEL = tiny_model("llama", vocab_size=9, num_hidden_layers=2, initializer_range=0.1)
+
+
+def requests(group: int, empty: tuple[int, ...] = ()) -> Prompts:
+    """PROMPTS prompts of 1 to WIDTH tokens, ``group`` requests each; the prompts of ``empty`` have none."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 9, rng.integers(1, WIDTH + 1)).tolist() for _ in range(PROMPTS)]
+    rows = [[] if i in empty else row for i, row in enumerate(rows)]
+    ids = {"prompt_id": np.repeat(np.arange(PROMPTS), group), "sample_id": np.tile(np.arange(group), PROMPTS)}
+    return make_prompts([row for row in rows for _ in range(group)], WIDTH, **{k: v.tolist() for k, v in ids.items()})
+
+
+def program(model: Model, mesh: str, plan: RefillPlan | None, dtype: Any = jnp.float32, **sampling: Any) -> Generate:
+    place = layout(mesh)
+    settings = {"max_new_tokens": BUDGET, "end_ids": ENDS, **sampling}
+    return make_generate(model, place, Layout(place.mesh, DECODE_RULES), Sampling(**settings), dtype=dtype, refill=plan)
+
+
+def rollout(
+    plan: RefillPlan | None,
+    prompts: Prompts,
+    mesh: str = "1,1,1",
+    model: Model = MODEL,
+    dtype: Any = jnp.float32,
+    **sampling: Any,
+) -> Rollout:
+    place = layout(mesh)
+    params = init_params(model, place, 0, dtype)
+    generate = program(model, mesh, plan, dtype, **sampling)
+    return jax.device_get(generate(params, prompts, jax.random.key(1), np.int32(0)))
+
+
+@cache
+def plain(group: int, empty: tuple[int, ...] = ()) -> Rollout:
+    return rollout(None, requests(group, empty))
+
+
+def same(mine: Rollout, other: Rollout, atol: float = 1e-5) -> None:
+    counts = ("decode_steps", "slot_steps")
+    for name in set(Rollout._fields) - {"behavior_logprobs", "support", *counts}:
+        np.testing.assert_array_equal(getattr(mine, name), getattr(other, name), err_msg=name)
+    np.testing.assert_allclose(mine.behavior_logprobs, other.behavior_logprobs, rtol=0, atol=atol)
+    np.testing.assert_allclose(mine.support, other.support, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("group", "slots", "loops"),
+    [
+        (4, 5, 1),  # a group lies in several turns of the slots, entries are freed one by one
+        (4, 16, 2),  # a second loop of 4 slots
+        (4, 32, 1),  # a slot for every request
+        (1, 3, 1),  # nothing shared, several prompts prefilled at once
+    ],
+)
+def test_refill_gives_what_the_fixed_batch_gives(group: int, slots: int, loops: int) -> None:
+    mine = rollout(RefillPlan(group=group, slots=slots, loops=loops), requests(group))
+    same(mine, plain(group))
+    lengths = mine.loss_mask.sum(axis=1)
+    assert {1, BUDGET} <= set(lengths.tolist())  # ends at once, and never
+    assert (mine.finish_reason == FINISH_LENGTH).any()
+
+
+def test_prompts_without_tokens_take_no_slot() -> None:
+    empty = (0, 3, 7)
+    mine = rollout(RefillPlan(group=4, slots=5), requests(4, empty))
+    same(mine, plain(4, empty))
+    assert not mine.loss_mask.reshape(PROMPTS, -1)[list(empty)].any()
+
+
+def test_steps_and_slots_are_counted() -> None:
+    """Without end tokens 32 requests of 9 tokens keep 8 slots full for 36 steps."""
+    mine = rollout(RefillPlan(group=4, slots=8), requests(4), end_ids=())
+    assert set(mine.decode_steps.tolist()) == {36}
+    assert mine.slot_steps.sum() == 36 * 8 == mine.loss_mask.sum()
+
+
+@pytest.mark.parametrize(("mesh", "uniform"), [("1,8,1", False), ("1,2,2", True)])
+def test_data_shards_and_tensor_shards_change_nothing(mesh: str, uniform: bool) -> None:
+    """With uniform steps every shard takes the steps of the slowest, and otherwise its own."""
+    model = MODEL.padded_for(2)
+    mine = rollout(RefillPlan(group=4, slots=4, uniform_steps=uniform), requests(4), mesh, model)
+    same(mine, plain(4))
+    assert (len(set(mine.decode_steps.tolist())) == 1) == uniform
+
+
+def test_windows_grouped_heads_and_truncation_in_float64() -> None:
+    """Mistral's window is shorter than prompt and completion; two kv heads are repeated over a tensor degree of 4."""
+    with jax.enable_x64(True):
+        model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=4).padded_for(4)
+        assert model.config.num_kv_heads == 2
+        settings = {"dtype": jnp.float64, "model": model, "temperature": 0.7, "top_k": 5}
+        other = rollout(None, requests(4), **settings)
+        assert np.isfinite(other.support[other.loss_mask]).all()
+        same(rollout(RefillPlan(group=4, slots=6), requests(4), "1,1,4", **settings), other, atol=1e-12)
+
+
+def test_memory_does_not_depend_on_the_number_of_requests() -> None:
+    """Twice the prompts: the rows that come back are larger, what the program needs beside them is not."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    params = init_params(model, layout(), 0)
+    generate = program(model, "1,1,1", RefillPlan(group=4, slots=8))
+    once = requests(4)
+    twice = Prompts(*(np.concatenate([x, x]) for x in once))
+    temporary = [
+        generate.lower(params, prompts, jax.random.key(1), np.int32(0)).compile().memory_analysis().temp_size_in_bytes
+        for prompts in (once, twice)
+    ]
+    column = 2 * model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 4
+    requests_more = len(once.tokens)
+    assert temporary[1] - temporary[0] < requests_more * column  # less than one column of the cache a request
+
+
+def test_rows_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="32 requests, which are not whole groups of 3"):
+        rollout(RefillPlan(group=3, slots=4), requests(4))
+
+
+def test_the_plan_of_a_device() -> None:
+    place = layout("1,2,1")
+    assert plan_refill(place, 64, 4, slots=0) is None
+    assert plan_refill(place, 64, 4) == RefillPlan(group=4, slots=min(CPU_SLOTS, 32), loops=2, uniform_steps=False)
+    assert plan_refill(place, 64, 4, slots=5, loops=1, uniform_steps="always") == RefillPlan(
+        group=4, slots=5, loops=1, uniform_steps=True
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rljax.algos import grpo
+from rljax.algos import grpo, policy
 from rljax.config import ConfigError, default_config, identity_keys, make_config, parse, resolved
 from rljax.config.build import hints
 from rljax.config.fields import ModelConfig
@@ -81,7 +81,8 @@ def test_a_stage_takes_from_the_top_level_what_it_does_not_set_itself():
 
 def test_another_algorithm_starts_from_its_own_defaults_and_asks_for_what_it_has_none_for():
     alone = ["--config.recipe=main", "--config.batch.rows=16"]
-    assert resolved(parsed("--config.algo.name=sft", *alone))["algo"] == {"name": "sft"}
+    plain = {"loss": "nll", "reduction": "token_mean", "label_smoothing": 0.0, "z_loss_coef": 0.0}
+    assert resolved(parsed("--config.algo.name=sft", *alone))["algo"] == {"name": "sft", **plain}
     with pytest.raises(ConfigError, match=r"config\.algo\.kl_coef is not set; grpo has no default for it"):
         make_config(tiny_config(**{"algo.kl_coef": None}))
     assert parsed("--config.algo.name=grpo").algo.kl_coef == 0.05  # naming the one that is there changes nothing
@@ -280,7 +281,7 @@ def test_every_identity_key_is_a_key():
 
 def test_choices_are_those_of_the_code():
     assert set(typing.get_args(hints(ModelConfig)["remat"])) == set(REMAT_POLICIES)
-    assert set(typing.get_args(grpo.AggregationName)) == set(AGGREGATIONS)
+    assert set(typing.get_args(policy.AggregationName)) == set(AGGREGATIONS)
     assert set(typing.get_args(grpo.Statistic)) == set(MEANS) == set(SCALES)
 
 

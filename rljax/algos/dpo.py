@@ -69,7 +69,8 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         kept = kept_pairs(mask)
         policy, reference = completions(outputs.logprobs, mask), completions(batch["ref_logprobs"], mask)
         losses = pairwise(*policy, *reference, beta=config.beta)
-        if outputs.collision is not None:
+        if config.weights != "none":
+            assert outputs.collision is not None  # it is in needs
             weights = wpo_weights(*sides(outputs.logprobs), *sides(outputs.collision), *sides(mask))
             losses *= weights if config.weights == "wpo" else jnp.minimum(weights, 1)
         chosen, rejected = (config.beta * (l - ref) for l, ref in zip(policy, reference, strict=True))

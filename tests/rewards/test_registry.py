@@ -21,7 +21,7 @@ def test_every_registered_reward_has_a_form_and_a_docstring():
 
 def test_registered_rewards_go_to_processes():
     rewards = [(name, load_reward(name, **OPTIONS.get(name, {})), 1.0) for name in REWARDS if name != "ifeval"]
-    row = {"dataset": "gsm8k", "answer": "4", "numbers": [4], "target": 4, "words": ["so"]}
+    row = {"dataset": "gsm8k", "answer": "4", "numbers": [4], "target": 4, "words": ["so"], "corpus": __file__}
     samples = [Sample("", "so #### 4", token_ids=range(4), row=row)]
     with RewardRunner(rewards, workers=1, timeout_s=60, processes=True) as runner:
         scored = runner.score(samples)

@@ -1,11 +1,12 @@
-"""GRPO on a real checkpoint: stories that keep their hero, have ten sentences, end in time and do not repeat.
+"""GRPO on a real checkpoint: stories of real words that keep their hero, have ten sentences, end and do not repeat.
 
     python -m rljax.main --config configs/tinystories_grpo.py
     python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 
 Needs the folder RLJAX_DATA (default ../shared/data) with models/tinystories656K-hf and datasets/text.
-Hardware: 2 CPU cores, under 10 minutes. Expected: the mean reward of 64 held-out prompts rises from 0.18 to 0.24 at 4.6
-nats a completion (LOG.md); the second command says what the reward cost in KL, likelihood and variety.
+Hardware: 2 CPU cores; quiet time not measured, about 20 s of CPU time a step. Expected: the share of held-out stories
+that keep all demands but the first (``eval/score``) rises from 0.46 to 0.74 (LOG.md); the second command says what that
+cost in KL, likelihood and variety, and whether picking the best of four would have done as well.
 """
 
 import os
@@ -41,7 +42,7 @@ def get_config() -> ConfigDict:
     config.reward.names = ("story", "real_words")
     config.reward.weights = (0.5, 1.0)
 
-    config.steps = 25
+    config.steps = 20
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 192

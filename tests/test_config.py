@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rljax.algos import grpo
+from rljax.algos import grpo, policy
 from rljax.config import ConfigError, default_config, identity_keys, make_config, parse, resolved
 from rljax.config.build import hints
 from rljax.config.fields import ModelConfig
@@ -272,7 +272,7 @@ def test_every_identity_key_is_a_key():
 
 def test_choices_are_those_of_the_code():
     assert set(typing.get_args(hints(ModelConfig)["remat"])) == set(REMAT_POLICIES)
-    assert set(typing.get_args(grpo.AggregationName)) == set(AGGREGATIONS)
+    assert set(typing.get_args(policy.AggregationName)) == set(AGGREGATIONS)
     assert set(typing.get_args(grpo.Statistic)) == set(MEANS) == set(SCALES)
 
 

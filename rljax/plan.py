@@ -145,35 +145,41 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
         once = name == "reference" and stage.caches_reference
         owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "reference" if once else "always"))
-    rows = _decoded_rows(stage)
-    return owners + (_rollout_owners(stage, rows) if rows else []) + _update_owners(stage)
+    rollouts = [_rollout_owners(stage, *decoded) for decoded in _decoded(stage)]
+    largest = max(rollouts, key=lambda found: sum(owner.bytes for owner in found), default=[])
+    return owners + largest + _update_owners(stage)
 
 
-def _decoded_rows(stage: Stage) -> int:
-    """Rows of the larger of rollout and evaluation."""
+def _decoded(stage: Stage) -> list[tuple[int, int]]:
+    """Rows and samples a prompt of rollout and evaluation."""
     config = stage.session.config
     evaluates = config.reward.names and (config.data.dev or config.data.dev_rows or config.data.test)
-    evaluated = config.eval.prompts_per_batch * config.eval.samples if evaluates else 0
-    return max(evaluated, stage.rows_per_step if stage.online else 0)
+    found = [(stage.config.rollout_rows, stage.config.rollout.group_size)] if stage.online else []
+    return found + ([(config.eval.prompts_per_batch * config.eval.samples, config.eval.samples)] if evaluates else [])
 
 
-def _rollout_owners(stage: Stage, all_rows: int) -> list[Owner]:
+def _rollout_owners(stage: Stage, all_rows: int, group: int) -> list[Owner]:
     session, r, layout = stage.session, stage.config.rollout, stage.session.decode
     c, item = session.model.config, jnp.dtype(session.dtype).itemsize
     rows = -(-all_rows // layout.data_shards)
     copy = abstract_params(session.model, layout, session.dtype)
-    is_copied = jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
+    is_copied = layout.on_cpu or jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
     column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * c.head_dim * item
-    prompt, completion = rows * _prompt_length(stage) * column, rows * r.max_new_tokens * column
-    logits = rows * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
+    refill = session.refill(stage.config, all_rows, group)
+    slots, prompts, prefilled = rows, rows, rows
+    if refill is not None:
+        groups = -(-rows // group)
+        slots, prompts, prefilled = refill.slots, refill.entries(groups), refill.prefilled(groups)
+    prompt, completion = prompts * _prompt_length(stage) * column, slots * r.max_new_tokens * column
+    logits = slots * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
     return [
         Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
         Owner("prompt cache", prompt, "rollout"),
         Owner("completion cache", completion, "rollout"),
-        Owner("prompt activations", rows * _prompt_length(stage) * _forward_column(stage, layout), "prefill"),
-        # XLA turns the cache into the layout of the loop while that of the prefill is still there.
-        Owner("second cache", prompt + completion, "decode"),
-        # In the carry, scaled and with noise; truncation sorts them too.
+        Owner("prompt activations", prefilled * _prompt_length(stage) * _forward_column(stage, layout), "prefill"),
+        # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there.
+        Owner("second cache", 0 if refill else prompt + completion, "decode"),
+        # Scaled and with their exponentials; truncation sorts them too.
         Owner("decode logits", logits * (5 if stage.online and stage.forwards["policy"].truncates else 3), "decode"),
     ]
 

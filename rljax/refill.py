@@ -6,7 +6,7 @@ have all ended takes the next prompt. Completions lie in a ring: every slot writ
 write is a single slice, and a slot's age says which columns are its own. Memory does not depend on R.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.decoding import Sampling, draw, request_key
-from rljax.models.attention import Attend, Cache, attention, replicate_kv, visibility
+from rljax.models.attention import Cache, attention, replicate_kv, visibility
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
-from rljax.models.layers import contract, wide_dtype
+from rljax.models.layers import wide_dtype
+from rljax.models.segments import Memory, two_segment_attend, write_layer
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
@@ -37,7 +38,7 @@ class Slots(NamedTuple):
     age: Int[Array, " s"]  # tokens of its completion so far
     running: Bool[Array, " s"]
     hidden: Float[Array, "s d"]  # predicts its next token
-    cache: Cache | list[Cache]  # [L, S, K, C, H], the ring
+    cache: Any  # a Cache, or on CPUs a list of one a layer (``by_layer``): [L, S, K, C, H], the ring
 
 
 class Entries(NamedTuple):
@@ -47,7 +48,7 @@ class Entries(NamedTuple):
     open: Int[Array, " q"]  # samples of it that have not ended; an entry with none is free
     valid: Bool[Array, "q p"]
     hidden: Float[Array, "q d"]  # predicts the first token of a completion
-    cache: Cache | list[Cache]  # [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
+    cache: Any  # likewise: [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
 
 
 class Written(NamedTuple):
@@ -79,6 +80,14 @@ class RefillPlan:
     slots: int  # on each data shard
     loops: int = 2  # each further one has a quarter of the slots, for the last answers
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
+
+    def entries(self, groups: int) -> int:
+        """Prompts at hand at once: all that the slots can be at, and the next; of ``groups`` in all."""
+        return min(groups, self.slots if self.group == 1 else -(-self.slots // self.group) + 1)
+
+    def prefilled(self, groups: int) -> int:
+        """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""
+        return min(self.entries(groups), max(1, PREFILLED_SAMPLES // self.group))
 
 
 def plan_refill(
@@ -142,11 +151,12 @@ def decode_with_refill(
     rows = prompts.tokens.shape[0]
     if rows % plan.group:
         raise ValueError(f"a data shard has {rows} requests, which are not whole groups of {plan.group}")
+    plan = replace(plan, slots=min(plan.slots, rows))
     r = Refill(model, layout, sampling, dtype, plan, params, prompts, key)
-    sizes = [min(plan.slots, rows)]
+    sizes = [plan.slots]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
-    state = _start(r, sizes[0])
+    state = _start(r)
     for number, size in enumerate(sizes):
         left = sizes[number + 1] if number + 1 < len(sizes) else 0
         state = _shrunk(r, state, size) if number else state
@@ -163,10 +173,9 @@ def step_counts(rows: int, steps: Array, slot_steps: Array) -> tuple[Int[Array, 
     return jnp.full(rows, steps, jnp.int32), jnp.full(rows, slot_steps / rows, jnp.float32)
 
 
-def _start(r: Refill, slots: int) -> Loop:
+def _start(r: Refill) -> Loop:
     """Empty slots, no prompt at hand, nothing written."""
-    width = r.model.config.width
-    entries = min(r.groups, slots if r.plan.group == 1 else -(-slots // r.plan.group) + 1)
+    width, slots, entries = r.model.config.width, r.plan.slots, r.plan.entries(r.groups)
     row = (r.requests, r.width + r.budget)
     return Loop(
         step=jnp.int32(0),
@@ -258,27 +267,29 @@ def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
     return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
 
 
-def _at_once(r: Refill, s: Loop) -> int:
-    """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""
-    return min(s.entries.open.shape[0], max(1, PREFILLED_SAMPLES // r.plan.group))
-
-
 def _can_prefill(r: Refill, s: Loop) -> Array:
     waiting = r.groups - s.prefilled
-    return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, _at_once(r, s)))
+    return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, r.plan.prefilled(r.groups)))
 
 
 def _prefill_next(r: Refill, s: Loop) -> Loop:
     """The next prompts of the queue into free entries."""
-    at = jnp.argsort(s.entries.open, stable=True)[: _at_once(r, s)].astype(jnp.int32)
+    at = jnp.argsort(s.entries.open, stable=True)[: r.plan.prefilled(r.groups)].astype(jnp.int32)
     number = s.prefilled + jnp.arange(at.shape[0], dtype=jnp.int32)
     there = number < r.groups
     prompts = jax.tree.map(lambda x: x[jnp.where(there, number * r.plan.group, 0)], r.prompts)
     hidden, cache = _prefill(r, s.entries.cache, prompts, at, there)
     places = jnp.where(there, at, s.entries.open.shape[0])  # out of bounds: not written
-    new = (number, jnp.full_like(number, r.plan.group), prompts.valid, hidden)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[places].set(new, mode="drop")
+
     entries = Entries(
-        *(old.at[places].set(x, mode="drop") for old, x in zip(s.entries, new, strict=False)), cache=cache
+        prompt=put(s.entries.prompt, number),
+        open=put(s.entries.open, jnp.full_like(number, r.plan.group)),
+        valid=put(s.entries.valid, prompts.valid),
+        hidden=put(s.entries.hidden, hidden),
+        cache=cache,
     )
     return s._replace(prefilled=s.prefilled + jnp.sum(there, dtype=jnp.int32), entries=entries)
 
@@ -326,11 +337,11 @@ def _taken(of: Any, kept: Array) -> Any:
     return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
 
 
-def _stacks(r: Refill, cache: Cache) -> Cache | list[Cache]:
+def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
 
 
-def _entry_cache(r: Refill, entries: int, width: int) -> Cache | list[Cache]:
+def _entry_cache(r: Refill, entries: int, width: int) -> Any:
     """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
     cache = empty_cache(r.model, r.layout, entries, width, r.dtype)
     if r.plan.group == 1:
@@ -349,27 +360,14 @@ def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -
         k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
         out = attention(q, k, v, seen, c.attention_scale)
         for i in range(at.shape[0]):
-            new, place = (k[i : i + 1], v[i : i + 1]), (layer, at[i], 0, 0, 0)
+            new, place = (k[i : i + 1], v[i : i + 1]), [layer, at[i], 0, 0, 0]
             if r.plan.group > 1:
-                new, place = (k[i][:, None], v[i][:, None]), (layer, 0, at[i], 0, 0)
-            cache = _written(cache, *new, place, there[i])
+                new, place = (k[i][:, None], v[i][:, None]), [layer, 0, at[i], 0, 0]
+            cache = write_layer(cache, *new, place, there[i])
         return out, cache
 
     hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)
     return hidden[:, -1], cache
-
-
-def _written(cache: Cache, k: Array, v: Array, at: tuple, there: Array | None = None) -> Cache:
-    """A layer's keys and values at a place of the cache, where ``there`` is not false."""
-    at = tuple(jnp.int32(i) for i in at)  # one type, in float64 runs too
-
-    def put(old: Array, new: Array) -> Array:
-        new = new[None].astype(old.dtype)
-        if there is not None:
-            new = jnp.where(there, new, jax.lax.dynamic_slice(old, at, new.shape))
-        return jax.lax.dynamic_update_slice(old, new, at)
-
-    return Cache(put(cache.k, k), put(cache.v, v))
 
 
 def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:
@@ -387,7 +385,7 @@ def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array,
     if c.sliding_window is not None:
         in_ring &= back < c.sliding_window
         in_prompt &= distance < c.sliding_window
-    attend = _attend_both(r, cursor, in_prompt, in_ring)
+    attend = two_segment_attend(cursor, in_prompt, in_ring, r.layout, c.attention_scale)
     memory: Any = Memory(slots.cache, entries.cache)
     if r.layout.on_cpu:
         memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
@@ -395,65 +393,3 @@ def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array,
         r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
     )
     return hidden[:, 0], [layer.ring for layer in memory] if r.layout.on_cpu else memory.ring
-
-
-class Memory(NamedTuple):
-    """What a step attends over."""
-
-    ring: Cache
-    prompts: Cache
-
-
-def _attend_both(r: Refill, cursor: Array, in_prompt: Array, in_ring: Array) -> Attend:
-    """A step's keys and values into the ring, then attention over prompt and ring, merged exactly.
-
-    ``in_ring`` is [S, C]; ``in_prompt`` [S, P] where every slot has its entry, [S, Q, P] where entries are shared: then
-    all slots meet all entries in one product and the mask picks theirs, which reads a prompt once and not once a slot.
-    """
-    scale = r.model.config.attention_scale
-
-    def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
-        k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
-        ring = _written(memory.ring, k, v, (layer, 0, 0, cursor, 0))
-        slots, _, heads, width = q.shape
-        q = q.reshape(slots, k.shape[1], -1, width)
-        ring_keys, ring_values, keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *memory.prompts)
-        )
-        own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
-        if in_prompt.ndim == 2:
-            visible = in_prompt[:, None, None]
-            prompt = _part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale)
-        else:
-            keys, values = (x.reshape(x.shape[0], -1, width) for x in (keys, values))  # [K, Q * P, H]
-            visible = in_prompt.reshape(slots, 1, -1)
-            prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
-            prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
-        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
-
-    return attend
-
-
-class Part(NamedTuple):
-    """Attention over some of the keys: largest score, sum of exponentials below it, and their weighted values."""
-
-    top: Float[Array, "*n"]
-    total: Float[Array, "*n"]
-    values: Float[Array, "*n h"]
-
-
-def _part(to_scores: str, to_values: str, q: Array, k: Array, v: Array, visible: Array, scale: float) -> Part:
-    wide = wide_dtype(q.dtype)
-    scores = contract(to_scores, q, k, wide) * scale
-    scores = jnp.where(visible, scores, jnp.finfo(wide).min / 2)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, weights.astype(q.dtype), v, wide))
-
-
-def _merged(parts: tuple[Part, Part]) -> Float[Array, "*n h"]:
-    a, b = parts
-    top = jnp.maximum(a.top, b.top)
-    shares = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    total = shares[0] * a.total + shares[1] * b.total
-    return (shares[0] / total)[..., None] * a.values + (shares[1] / total)[..., None] * b.values

@@ -173,7 +173,8 @@ def make_runner(config: Config) -> RewardRunner | None:
     if not r.names:
         return None
     weights = r.weights or (1.0,) * len(r.names)
-    rewards = [(name, load_reward(name), weight) for name, weight in zip(r.names, weights, strict=True)]
+    loaded = [load_reward(name, **r.options.get(name, {})) for name in r.names]
+    rewards = list(zip(r.names, loaded, weights, strict=True))
     return RewardRunner(
         rewards, workers=r.workers, timeout_s=r.timeout_s, failed_value=r.failed_value, processes=r.processes
     )

@@ -125,6 +125,8 @@ def _shrink_stage(place: ConfigDict, config: Config, name: str) -> None:
     for tree, optim in (("optim", stage.optim), ("critic.optim", stage.critic.optim)):
         settings[f"{tree}.warmup_steps"] = min(optim.warmup_steps, 1)
         settings[f"{tree}.freeze_steps"] = min(optim.freeze_steps, 1)
+    if as_dict(stage.algo).get("overlong_buffer"):
+        settings["algo.overlong_buffer"] = OF_A_STAGE["rollout.max_new_tokens"] // 2
     if stage.select.labels:
         settings["select.labels"] = tuple(LABELS)
     if stage.data.prompt_prefix:

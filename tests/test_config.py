@@ -49,6 +49,11 @@ def at(config, path: str):
         (["--config.reward.names=gsm8k,think_format"], "reward.names", ("gsm8k", "think_format")),
         (["--config.reward.names=['a,b']"], "reward.names", ("a,b",)),
         (["--config.reward.names=a,b", "--config.reward.weights=1,0.5"], "reward.weights", (1.0, 0.5)),
+        (
+            ["--config.reward.names=a", "--config.reward.options.a.per_token=1e-3"],
+            "reward.options",
+            {"a": {"per_token": 1e-3}},
+        ),
         (["--config.data.options.difficulty=4"], "data.options", {"difficulty": 4}),
         (["--config.data.options.path=a,b"], "data.options", {"difficulty": 1, "path": "a,b"}),
         (["--config.data.options={'count': 2}"], "data.options", {"count": 2}),
@@ -136,6 +141,8 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.algo.surrogate=gspo"], "set aggregation to 'sequence_mean_token_mean'"),
         (["--config.guide_from=warm_start"], "config.guide_from does nothing: no algorithm of the recipe reads it"),
         (["--config.reward.weights=1,2"], "config.stages.warm_start.reward: 1 names and 2 weights"),
+        (["--config.reward.options.gsm8k.x=1"], "reward.options.gsm8k: 'gsm8k' is not in config"),
+        (["--config.reward.names=gsm8k", "--config.reward.options.gsm8k=1"], "is 1; it is a group of options"),
         (["--config.algo.kl_coef=0", "--config.reference_ema=0.9"], "config.reference_ema does nothing"),
         (["--config.batch.micro_batch_rows=5"], "batch.micro_batch_rows 5 does not divide a minibatch of 16 rows"),
         (
@@ -241,6 +248,7 @@ def test_every_default_is_of_its_own_type():
         ("algo.kl_coef", True),
         ("rollout.temperature", True),
         ("reward.names", True),
+        ("reward.options", True),
         ("reward.workers", False),
         ("batch.minibatches", True),
         ("batch.micro_batch_rows", False),

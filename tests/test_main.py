@@ -88,6 +88,11 @@ def refused(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
         (["--config.reward.names=gsmk"], "there is no reward 'gsmk'; the nearest is 'gsm8k'"),
         (["--config.reward.names=nosuch.module:f"], "cannot import 'nosuch.module'"),
         (["--config.reward.names=required_words"], "reward 'required_words' fails on a row of the data"),
+        (["--config.reward.names=length_cost"], "reward length_cost needs the option 'per_token'"),
+        (
+            ["--config.reward.names=length_cost", "--config.reward.options.length_cost.per_tokn=1"],
+            "there is no option of length_cost 'per_tokn'; the nearest is 'per_token'",
+        ),
         (["--config.distributed=here"], "config.distributed is 'here'; it is like 10.0.0.1:8476,4,0"),
         ([*FROM_FOLDER, "--config.model.path=/nowhere"], "/nowhere does not exist"),
     ],

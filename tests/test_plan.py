@@ -177,13 +177,22 @@ def test_the_train_state_is_counted_to_the_byte():
 
 
 def test_the_caches_by_hand():
-    """4 layers, keys and values, 2 kv heads over tensor 2, width 16, float32; 64 rows over 4 data shards."""
+    """4 layers, keys and values, 2 kv heads over tensor 2, width 16, float32; 16 prompts x 4 samples.
+
+    4 data shards: 16 slots each, and room for 16 / 4 prompts and one to spare, of which there are 4. 2 data shards: 32
+    slots, 8 prompts of at most 9.
+    """
     owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,4,2"))}
     column = 4 * 2 * (2 // 2) * 16 * 4
-    assert owners["prompt cache"] == owners["completion cache"] == (64 // 4) * 64 * column
+    assert owners["completion cache"] == 16 * 64 * column
+    assert owners["prompt cache"] == 4 * 64 * column
     # kv heads fewer than tensor are there once for each shard.
     owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,2,4"))}
-    assert owners["prompt cache"] == (64 // 2) * 64 * column
+    assert owners["completion cache"] == 32 * 64 * column
+    assert owners["prompt cache"] == 8 * 64 * column
+    # A fixed batch has a prompt's columns for every row.
+    owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,4,2", **{"rollout.slots": 0}))}
+    assert owners["prompt cache"] == owners["completion cache"] == (64 // 4) * 64 * column
 
 
 def assemble(data_dir: Path, folder: Path, model: str, tokenizer: str) -> Path:

@@ -47,6 +47,7 @@ def check(topology: str, found: dict[tuple[str, str], dict[str, Any]]) -> None:
         assert record["gib"] <= CHIPS[topology], (key, record)
         assert not record.get("logits"), (key, record)
         assert not record.get("crossing"), (key, record)
+        assert record.get("uniform_steps", 0) <= 1, (key, record)
 
 
 @pytest.mark.parametrize("topology", CHIPS)

@@ -115,7 +115,10 @@ def _check_shared(config: Config, name: str) -> None:
     """What stands at the top level for all stages and for evaluation: a stage's own value would not be read."""
     stage = config.stage(name)
     for group, keys in (
-        ("reward", ("names", "weights", "timeout_s", "workers", "processes", "failed_value", "discard_failed")),
+        (
+            "reward",
+            ("names", "weights", "options", "timeout_s", "workers", "processes", "failed_value", "discard_failed"),
+        ),
         ("data", ("test", "test_rows")),
     ):
         for key in keys:
@@ -129,6 +132,11 @@ def _check_stage(stage: StageConfig, where: str) -> None:
     b = stage.batch
     if stage.reward.weights and len(stage.reward.weights) != len(stage.reward.names):
         raise ConfigError(f"{where}.reward: {len(stage.reward.names)} names and {len(stage.reward.weights)} weights")
+    for name, options in stage.reward.options.items():
+        if name not in stage.reward.names:
+            raise ConfigError(f"{where}.reward.options.{name}: {name!r} is not in {where}.reward.names")
+        if not isinstance(options, dict):
+            raise ConfigError(f"{where}.reward.options.{name} is {options!r}; it is a group of options")
     try:
         algorithm = stage.algorithm()
     except (KeyError, ValueError) as error:

@@ -135,6 +135,7 @@ class RolloutConfig:
 class RewardConfig:
     names: tuple[str, ...] = ()  # rewards by name, or package.module:function
     weights: tuple[float, ...] = ()  # default: 1 each
+    options: dict[str, Any] = field(default_factory=dict)  # by reward, the keyword options that it is called with
     timeout_s: Duration = 10.0  # of one call
     workers: Positive = 4  # threads or processes
     processes: bool = False  # run rewards in processes, which a hanging one cannot hold up
@@ -319,7 +320,14 @@ class Config(StageConfig):
 _RUN_IDENTITY = ("seed", "recipe", "compute_dtype", "model.path", "model.architecture", "model.init_seed", "tokenizer")
 _STAGE_IDENTITY = (
     *("algo", "init_from", "reference_from", "reference_reset_steps", "reference_ema", "data", "select", "rollout"),
-    *("reward.names", "reward.weights", "reward.failed_value", "reward.discard_failed", "reward.permute"),
+    *(
+        "reward.names",
+        "reward.weights",
+        "reward.options",
+        "reward.failed_value",
+        "reward.discard_failed",
+        "reward.permute",
+    ),
     *("guide_from", "teacher_from", "teacher_top_k", "reward_model_from", "reward_model_weight"),
     "reward_model_threshold",
     *("critic.init_from", "critic.seed", "text_mix"),

@@ -2,11 +2,12 @@
 
 import importlib.util
 import typing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from rljax.algos import grpo, policy
+from rljax.algos import grpo, policy, sft
 from rljax.config import ConfigError, default_config, identity_keys, make_config, parse, resolved
 from rljax.config.build import hints
 from rljax.config.fields import ModelConfig
@@ -81,7 +82,7 @@ def test_a_stage_takes_from_the_top_level_what_it_does_not_set_itself():
 
 def test_another_algorithm_starts_from_its_own_defaults_and_asks_for_what_it_has_none_for():
     alone = ["--config.recipe=main", "--config.batch.rows=16"]
-    assert resolved(parsed("--config.algo.name=sft", *alone))["algo"] == {"name": "sft"}
+    assert resolved(parsed("--config.algo.name=sft", *alone))["algo"] == {"name": "sft", **asdict(sft.Config())}
     with pytest.raises(ConfigError, match=r"config\.algo\.kl_coef is not set; grpo has no default for it"):
         make_config(tiny_config(**{"algo.kl_coef": None}))
     assert parsed("--config.algo.name=grpo").algo.kl_coef == 0.05  # naming the one that is there changes nothing

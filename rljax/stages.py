@@ -249,15 +249,16 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
+    mixture = algorithm.rival_mixture
+    writers = 2 if mixture else 1  # each is called with its own share of a prompt's completions
     generate = partial(
         make_generate,
         session.model,
         session.train,
         session.decode,
         dtype=session.dtype,
-        refill=session.refill(config, config.rollout_rows, config.rollout.group_size),
+        refill=session.refill(config, config.rollout_rows // writers, config.rollout.group_size // writers),
     )
-    mixture = algorithm.rival_mixture
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(
         session=session,

@@ -58,11 +58,9 @@ def open_stage(name: str, **overrides: Any) -> Stage:
     config.algo.update(ALGORITHMS[name])
     session = open_session(make_config(config), jax.devices())
     stage = main_stage(session, digit_share)
-    # Samplers are the same programs for all, but for a mixture and for greedy samples.
-    if not stage.algorithm.greedy_samples:
+    # Samplers are the same programs for all, but for those of two writers and for greedy samples.
+    if not stage.algorithm.greedy_samples and not stage.rival:
         stage.generate = sampler()
-    if stage.algorithm.rival_mixture == 1:
-        stage.rival = sampler()
     others = session.base_params()
     others = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), others)
     for model in frozen_sources(stage.config, stage.algorithm):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rljax.data import arithmetic
-from rljax.data.batches import DataPosition, PromptSource, SupervisedSource, draw, repeat_prompts
+from rljax.data.batches import DataPosition, Kept, PromptSource, SupervisedSource, draw, repeat_prompts
 from rljax.data.rows import DataError, load_rows
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 
@@ -63,7 +63,7 @@ def test_long_prompts_are_counted_and_never_cut(digits):
     rows = prompts_of_lengths(2, 30, 3, 40)
     source = PromptSource(rows, digits, (4, 8), seed=0, shuffle=False)
     assert source.rows == [rows[0], rows[2]] and list(source.prompt_ids) == [0, 2]
-    assert source.kept == (2, 2, 41, 8)
+    assert source.kept == Kept(rows=2, dropped=2, longest=41, limit=8)
     assert str(source.kept) == "2 rows kept, 2 dropped as longer than 8 tokens (longest 41)"
     with pytest.raises(DataError, match=r"row 1 has 31 tokens, the limit is 8"):
         PromptSource(rows, digits, (4, 8), seed=0, too_long="error")
@@ -101,7 +101,7 @@ def test_rows_without_a_prompt_or_with_its_answer_are_named(digits):
 def test_supervised_batch_by_hand(digits):
     rows = [{"prompt": "1+1=", "solution": "#2"}, {"prompt": "1+1+1=", "solution": "1+1=2;2+1=3;#3"}]
     source = SupervisedSource(rows, digits, 10, seed=0)
-    assert source.kept == (1, 1, 22, 10)
+    assert source.kept == Kept(rows=1, dropped=1, longest=22, limit=10)
     picked, batch, position = source.take(DataPosition(), 2)  # one row: the second epoch starts in the batch
     assert picked == [rows[0]] * 2 and position == DataPosition(2, 0)
     ids = [1, *digits.encode("1+1=#2")[1:], 2]  # BOS, text, end token

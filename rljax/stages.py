@@ -226,6 +226,7 @@ class Stage:
         if kind == "targets":
             assert self.algorithm.targets is not None  # an online stage
             return jax.jit(self.algorithm.targets)
+        assert kind == "update", kind
         plan = UpdatePlan(
             epochs=batch.epochs,
             minibatches=batch.minibatches,

@@ -81,7 +81,7 @@ def first_rollout(mesh: str, decode_mesh: str = "") -> First:
     state, _, _, done = online_step(stage, stage.start({"policy": session.base_params()}), DataPosition(), 0)
     r = done.rollout
     rows = {"tokens": r.tokens, "valid": r.valid, "support": r.support}
-    logprobs = stage.program("score", stage.last_head_from)(state.params["policy"], rows)
+    logprobs = stage.program("score_policy", stage.last_head_from)(state.params["policy"], rows)
     gradient = gather(state.opt_state["policy"])
     size = session.tokenizer.vocab_size
     return First(done.host.tokens, gather(logprobs), {**gradient, "embed": gradient["embed"][:size]})

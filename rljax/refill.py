@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.decoding import Sampling, draw, request_key
-from rljax.models.attention import Cache, attention, replicate_kv, visibility
+from rljax.models.attention import Cache, attention, replicate_kv, visibility, write_layer
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import wide_dtype
-from rljax.models.segments import Memory, two_segment_attend, write_layer
+from rljax.models.segments import Memory, two_segment_attend
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
@@ -38,7 +38,7 @@ class Slots(NamedTuple):
     age: Int[Array, " s"]  # tokens of its completion so far
     running: Bool[Array, " s"]
     hidden: Float[Array, "s d"]  # predicts its next token
-    cache: Any  # a Cache, or on CPUs a list of one a layer (``by_layer``): [L, S, K, C, H], the ring
+    cache: Any  # the ring: a Cache [L, S, K, C, H], or on CPUs a list of them without L (``by_layer``)
 
 
 class Entries(NamedTuple):
@@ -49,6 +49,13 @@ class Entries(NamedTuple):
     valid: Bool[Array, "q p"]
     hidden: Float[Array, "q d"]  # predicts the first token of a completion
     cache: Any  # likewise: [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
+
+
+class AtHand(NamedTuple):
+    """What prefilling changes. The ring is no part of it: XLA copies what a loop inside the loop carries."""
+
+    prefilled: Int[Array, ""]  # prompts that have had an entry
+    entries: Entries
 
 
 class Written(NamedTuple):
@@ -217,8 +224,8 @@ def _busy(r: Refill, left: int, s: Loop) -> Array:
 def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
     """Free slots take requests; every slot samples a token and reads it."""
     if refills:
-        s = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
-        s = _admitted(r, s)
+        at_hand = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), AtHand(s.prefilled, s.entries))
+        s = _admitted(r, s._replace(**at_hand._asdict()))
     slots, cursor = s.slots, s.step % r.budget
     sample_id = r.prompts.sample_id[slots.request]
     keys = jax.vmap(partial(request_key, r.key))(r.prompts.prompt_id[slots.request], sample_id)
@@ -267,12 +274,12 @@ def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
     return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
 
 
-def _can_prefill(r: Refill, s: Loop) -> Array:
+def _can_prefill(r: Refill, s: AtHand) -> Array:
     waiting = r.groups - s.prefilled
     return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, r.plan.prefilled(r.groups)))
 
 
-def _prefill_next(r: Refill, s: Loop) -> Loop:
+def _prefill_next(r: Refill, s: AtHand) -> AtHand:
     """The next prompts of the queue into free entries."""
     at = jnp.argsort(s.entries.open, stable=True)[: r.plan.prefilled(r.groups)].astype(jnp.int32)
     number = s.prefilled + jnp.arange(at.shape[0], dtype=jnp.int32)
@@ -291,7 +298,7 @@ def _prefill_next(r: Refill, s: Loop) -> Loop:
         hidden=put(s.entries.hidden, hidden),
         cache=cache,
     )
-    return s._replace(prefilled=s.prefilled + jnp.sum(there, dtype=jnp.int32), entries=entries)
+    return AtHand(s.prefilled + jnp.sum(there, dtype=jnp.int32), entries)
 
 
 def _admitted(r: Refill, s: Loop) -> Loop:
@@ -333,7 +340,7 @@ def _shrunk(r: Refill, s: Loop, size: int) -> Loop:
 
 def _taken(of: Any, kept: Array) -> Any:
     """Slots or entries by number."""
-    cache = jax.tree.map(lambda x: x[:, kept], of.cache)
+    cache = jax.tree.map(lambda x: x[kept] if isinstance(of.cache, list) else x[:, kept], of.cache)
     return jax.tree.map(lambda x: x[kept], of._replace(cache=()))._replace(cache=cache)
 
 
@@ -360,10 +367,10 @@ def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -
         k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
         out = attention(q, k, v, seen, c.attention_scale)
         for i in range(at.shape[0]):
-            new, place = (k[i : i + 1], v[i : i + 1]), [layer, at[i], 0, 0, 0]
+            new, place = (k[i : i + 1], v[i : i + 1]), [at[i], 0, 0, 0]
             if r.plan.group > 1:
-                new, place = (k[i][:, None], v[i][:, None]), [layer, 0, at[i], 0, 0]
-            cache = write_layer(cache, *new, place, there[i])
+                new, place = (k[i][:, None], v[i][:, None]), [0, at[i], 0, 0]
+            cache = write_layer(cache, *new, layer, place, there[i])
         return out, cache
 
     hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)

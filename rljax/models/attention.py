@@ -1,6 +1,6 @@
 """The one door for attention, and the two ways to call it: whole rows, and a step against a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ from rljax.models.layers import contract, wide_dtype
 from rljax.sharding import Layout
 
 # attend(q, k, v, cache, layer) -> (output, cache): what a block calls; who calls the skeleton decides what it does.
-Attend = Callable[[Array, Array, Array, Any, Array], tuple[Array, Any]]
+# ``layer`` is None where layers stand apart.
+Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 
 QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that scores never take T x T
 
@@ -97,18 +98,34 @@ def _split_columns(x: Array, chunk: int) -> Array:
     return padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
+def read_layer(cache: Cache, layer: Int[Array, ""] | None) -> Cache:
+    """A layer of the cache; all of it where ``layer`` is None: layers stand apart (``decoder.by_layer``)."""
+    return cache if layer is None else Cache(*(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache))
+
+
+def write_layer(
+    cache: Cache, k: Array, v: Array, layer: Int[Array, ""] | None, at: Sequence[Any], there: Array | None = None
+) -> Cache:
+    """A layer's keys and values from ``at`` on, where ``there`` is not false."""
+    start = tuple(jnp.int32(i) for i in (at if layer is None else (layer, *at)))  # one type, in float64 runs too
+
+    def put(old: Array, new: Array) -> Array:
+        new = (new if layer is None else new[None]).astype(old.dtype)
+        if there is not None:
+            new = jnp.where(there, new, jax.lax.dynamic_slice(old, start, new.shape))
+        return jax.lax.dynamic_update_slice(old, new, start)
+
+    return Cache(put(cache.k, k), put(cache.v, v))
+
+
 def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], layout: Layout, scale: float) -> Attend:
     """Write this call's keys and values at column ``start`` of every row, then attend over the cache."""
 
     def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
-        k, v = (replicate_kv(x, layout).swapaxes(1, 2)[None] for x in (k, v))
-        at = tuple(jnp.int32(i) for i in (layer, 0, 0, start, 0))  # one type, in float64 runs too
-        cache = Cache(
-            jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-            jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
-        )
+        k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
+        cache = write_layer(cache, k, v, layer, (0, 0, start, 0))
         length = visible.shape[-1]
-        mine = [jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)[:, :, :length] for x in cache]
+        mine = [x[:, :, :length] for x in read_layer(cache, layer)]
         return attention(q, mine[0], mine[1], visible, scale), cache
 
     return attend

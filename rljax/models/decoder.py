@@ -60,7 +60,7 @@ class DecoderConfig:
         return self.head_dim**-0.5
 
 
-Block = Callable[[Params, Float[Array, "b t d"], Rope, Attend, Any, Array], tuple[Float[Array, "b t d"], Any]]
+Block = Callable[[Params, Float[Array, "b t d"], Rope, Attend, Any, Any], tuple[Float[Array, "b t d"], Any]]
 
 
 class HfKey(NamedTuple):
@@ -178,22 +178,24 @@ def forward(
         w, layer = xs
         return block(w, carry[0], rope, attend, carry[1], layer), None
 
-    stacks = params["layers"] if isinstance(params["layers"], list) else [params["layers"]]
-    caches = []
-    for stack, mine in zip(stacks, cache if isinstance(cache, list) else [cache] * len(stacks), strict=True):
-        layers = jnp.arange(len(jax.tree.leaves(stack)[0]))
-        (x, mine), _ = jax.lax.scan(step, (x, mine), (stack, layers))
-        caches.append(mine)
-    return rms_norm(x, params["final_norm"], c.norm_eps), caches if isinstance(cache, list) else caches[0]
+    if isinstance(params["layers"], list):
+        caches = []
+        for w, mine in zip(params["layers"], cache, strict=True):
+            x, mine = block(w, x, rope, attend, mine, None)
+            caches.append(mine)
+        return rms_norm(x, params["final_norm"], c.norm_eps), caches
+    layers = jnp.arange(c.num_layers)
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (params["layers"], layers))
+    return rms_norm(x, params["final_norm"], c.norm_eps), cache
 
 
 def by_layer(stack: Any) -> list[Any]:
-    """A stack a layer instead of one of all, of weights or of a cache, for a loop of tokens on CPUs.
+    """Layers apart instead of in a stack, of weights or of a cache, for a loop of tokens on CPUs.
 
     XLA's CPU backend copies whatever a product takes out of a stack, at every token; that costs more than reading it.
     """
     count = len(jax.tree.leaves(stack)[0])
-    return [jax.tree.map(lambda x: x[i : i + 1], stack) for i in range(count)]  # noqa: B023
+    return [jax.tree.map(lambda x: x[i], stack) for i in range(count)]  # noqa: B023
 
 
 def head_table(params: Params) -> Float[Array, "v d"]:

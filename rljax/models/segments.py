@@ -1,13 +1,12 @@
 """Attention of a step over two segments: prompts, which slots may share, and each slot's own columns of a ring."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.models.attention import Attend, Cache, replicate_kv
+from rljax.models.attention import Attend, Cache, read_layer, replicate_kv, write_layer
 from rljax.models.layers import contract, wide_dtype
 from rljax.sharding import Layout
 
@@ -19,19 +18,6 @@ class Memory(NamedTuple):
     prompts: Cache
 
 
-def write_layer(cache: Cache, k: Array, v: Array, at: Sequence, there: Array | None = None) -> Cache:
-    """A layer's keys and values at a place of the cache, where ``there`` is not false."""
-    start = tuple(jnp.int32(i) for i in at)  # one type, in float64 runs too
-
-    def put(old: Array, new: Array) -> Array:
-        new = new[None].astype(old.dtype)
-        if there is not None:
-            new = jnp.where(there, new, jax.lax.dynamic_slice(old, start, new.shape))
-        return jax.lax.dynamic_update_slice(old, new, start)
-
-    return Cache(put(cache.k, k), put(cache.v, v))
-
-
 def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: Layout, scale: float) -> Attend:
     """A step's keys and values into the ring, then attention over prompt and ring, merged exactly.
 
@@ -41,12 +27,10 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
 
     def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
-        ring = write_layer(memory.ring, k, v, (layer, 0, 0, cursor, 0))
+        ring = write_layer(memory.ring, k, v, layer, (0, 0, cursor, 0))
         slots, _, heads, width = q.shape
         q = q.reshape(slots, k.shape[1], -1, width)
-        ring_keys, ring_values, keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *memory.prompts)
-        )
+        (ring_keys, ring_values), (keys, values) = read_layer(ring, layer), read_layer(memory.prompts, layer)
         own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
             visible = in_prompt[:, None, None]

@@ -132,6 +132,11 @@ class Refill(NamedTuple):
         return self.sampling.max_new_tokens
 
     @property
+    def cache_dtype(self) -> Any:
+        """XLA's CPU backend has no batched product of bfloat16: it would convert the whole ring at every token."""
+        return wide_dtype(self.dtype) if self.layout.on_cpu else self.dtype
+
+    @property
     def requests(self) -> int:
         return self.prompts.tokens.shape[0]
 
@@ -196,7 +201,7 @@ def _start(r: Refill) -> Loop:
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
             hidden=jnp.zeros((slots, width), r.dtype),
-            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.cache_dtype)),
         ),
         entries=Entries(
             prompt=jnp.zeros(entries, jnp.int32),
@@ -350,7 +355,7 @@ def _stacks(r: Refill, cache: Cache) -> Any:
 
 def _entry_cache(r: Refill, entries: int, width: int) -> Any:
     """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
-    cache = empty_cache(r.model, r.layout, entries, width, r.dtype)
+    cache = empty_cache(r.model, r.layout, entries, width, r.cache_dtype)
     if r.plan.group == 1:
         return _stacks(r, cache)
     turned = (x.swapaxes(1, 2) for x in cache)

@@ -29,7 +29,7 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
         ring = write_layer(memory.ring, k, v, layer, (0, 0, cursor, 0))
         slots, _, heads, width = q.shape
-        q = q.reshape(slots, k.shape[1], -1, width)
+        q_dtype, q = q.dtype, q.reshape(slots, k.shape[1], -1, width).astype(ring.k.dtype)
         (ring_keys, ring_values), (keys, values) = read_layer(ring, layer), read_layer(memory.prompts, layer)
         own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
@@ -40,7 +40,7 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
             visible = in_prompt.reshape(slots, 1, -1)
             prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
             prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
-        return _merged((own, prompt)).astype(q.dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
+        return _merged((own, prompt)).astype(q_dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
 
     return attend
 

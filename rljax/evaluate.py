@@ -135,7 +135,7 @@ def _filled(prompts: PromptBatch, rows: int, width: int) -> PromptBatch:
     left = width - prompts.tokens.shape[1]
     grow = ((0, missing), (left, 0))
     tokens, valid = (np.pad(x, grow) for x in prompts[:2])
-    return PromptBatch(tokens, valid, *(np.pad(x, (0, missing)) for x in prompts[2:]))
+    return PromptBatch(tokens, valid, *(np.pad(x, (0, missing)) for x in prompts[2:] if x is not None))
 
 
 def show(batches: list[Completions], count: int) -> list[dict[str, Any]]:

@@ -124,6 +124,11 @@ class Refill(NamedTuple):
     def budget(self) -> int:
         return self.sampling.max_new_tokens
 
+    def budgets(self, request: Int[Array, " s"]) -> Array | int:
+        """Tokens of these requests' completions at most."""
+        own = self.prompts.max_new_tokens
+        return self.budget if own is None else jnp.minimum(own[request], self.budget)
+
     @property
     def requests(self) -> int:
         return self.prompts.tokens.shape[0]
@@ -237,7 +242,7 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         lengths=w.lengths.at[at].set(slots.age + 1, mode="drop"),
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
-    done = slots.running & (ended | (slots.age + 1 >= r.budget))
+    done = slots.running & (ended | (slots.age + 1 >= r.budgets(slots.request)))
     hidden, ring = _read(r, s, token, cursor)
     after = Slots(
         request=slots.request,

@@ -95,7 +95,7 @@ def complete(
     layout = session.train.rows
 
     def write(generate: Generate, params: Any, prompts: PromptBatch) -> Rollout:
-        placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
+        placed = jax.tree.map(lambda leaf: to_global(np.asarray(leaf), layout), Prompts(*prompts))
         return jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
 
     if rival is None:

@@ -118,6 +118,7 @@ def decode_batch(
     lengths = jnp.sum(segments, axis=-1)
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
     greedy = prompts.sample_id < sampling.greedy_samples if sampling.greedy_samples else None
+    budgets = budget if prompts.max_new_tokens is None else prompts.max_new_tokens
 
     def run(tokens: Array, positions: Array, attend: Any, caches: tuple) -> tuple[tuple[Array, ...], tuple]:
         """Every model's last hidden state and its cache."""
@@ -161,7 +162,7 @@ def decode_batch(
             logprobs=write(s.logprobs, logprob, 0.0),
             support=write(s.support, support, -jnp.inf),
             sampled=write(s.sampled, s.running, False),
-            running=s.running & ~ended,
+            running=s.running & ~ended & (s.step + 1 < budgets),
             finished=s.finished | (s.running & ended),
             hidden=hidden,
             caches=caches,

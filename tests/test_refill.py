@@ -89,6 +89,20 @@ def test_prompts_without_tokens_take_no_slot() -> None:
     assert not mine.loss_mask.reshape(PROMPTS, -1)[list(empty)].any()
 
 
+@pytest.mark.parametrize("plan", [None, RefillPlan(group=4, slots=5)])
+def test_a_request_may_have_a_budget_of_its_own(plan: RefillPlan | None) -> None:
+    """Its completion is that of the whole budget, cut off; one that ended before is as it was."""
+    budgets = np.tile(np.arange(1, BUDGET + 3, dtype=np.int32), PROMPTS * 4)[: PROMPTS * 4]
+    mine = rollout(plan, requests(4)._replace(max_new_tokens=budgets))
+    whole = plain(4)
+    mask = whole.loss_mask & (np.arange(WIDTH + BUDGET) < WIDTH + budgets[:, None])
+    assert mask.sum() < whole.loss_mask.sum()
+    np.testing.assert_array_equal(mine.loss_mask, mask)
+    np.testing.assert_array_equal(mine.tokens[mask], whole.tokens[mask])
+    cut = (whole.loss_mask & ~mask).any(axis=1)
+    np.testing.assert_array_equal(mine.finish_reason, np.where(cut, FINISH_LENGTH, whole.finish_reason))
+
+
 def test_steps_and_slots_are_counted() -> None:
     """Without end tokens 32 requests of 9 tokens keep 8 slots full for 36 steps."""
     mine = rollout(RefillPlan(group=4, slots=8), requests(4), end_ids=())

@@ -78,7 +78,7 @@ class Evaluator:
             "completion_length": float(np.concatenate(lengths).mean()),
             "truncated": float(1 - np.concatenate(finished).mean()),
             "temperature": self.session.config.eval.temperature,
-            "seconds": sum(done.rollout_s + done.reward_s for done in batches),
+            "seconds": sum(done.times.rollout + done.times.reward for done in batches),
         }
         return metrics, batches
 

@@ -154,7 +154,8 @@ def _decoded(stage: Stage) -> list[tuple[int, int]]:
     """Rows and samples a prompt of rollout and evaluation."""
     config = stage.session.config
     evaluates = config.reward.names and (config.data.dev or config.data.dev_rows or config.data.test)
-    found = [(stage.config.rollout_rows, stage.config.rollout.group_size)] if stage.online else []
+    r = stage.config.rollout
+    found = [(stage.config.rollout_rows // r.pieces, r.group_size)] if stage.online else []
     return found + ([(config.eval.prompts_per_batch * config.eval.samples, config.eval.samples)] if evaluates else [])
 
 

@@ -213,10 +213,12 @@ def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -
     """Rows must divide over data shards, and groups must not span them."""
     shards = max(train.data_shards, decode.data_shards)
     rows, unit = stage.rows_per_step, stage.algorithm().unit
-    if stage.is_online and stage.rollout.prompts_per_step % shards:
+    r = stage.rollout
+    if stage.is_online and r.prompts_per_step % (shards * r.pieces):
+        times = f" times rollout.pieces {r.pieces}" if r.pieces > 1 else ""
         raise MeshError(
-            f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's "
-            f"{shards} data shards"
+            f"{where}.rollout.prompts_per_step {r.prompts_per_step} is not a multiple of the mesh's "
+            f"{shards} data shards{times}"
         )
     micro = stage.batch.micro_batch_rows or rows // stage.batch.minibatches
     if micro % (train.data_shards * unit):

@@ -252,13 +252,14 @@ def build_stage(
     sampling = session.sampling(config) if algorithm.targets is not None else None
     mixture = algorithm.rival_mixture
     writers = 2 if mixture else 1  # each is called with its own share of a prompt's completions
+    rows_a_call = config.rollout_rows // config.rollout.pieces // writers
     generate = partial(
         make_generate,
         session.model,
         session.train,
         session.decode,
         dtype=session.dtype,
-        refill=session.refill(config, config.rollout_rows // writers, config.rollout.group_size // writers),
+        refill=session.refill(config, rows_a_call, config.rollout.group_size // writers),
     )
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(

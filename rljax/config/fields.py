@@ -126,6 +126,7 @@ class RolloutConfig:
     )
     max_rounds: Positive = 1  # of refilling
     slots: Annotated[int, Range(-1)] = -1  # answers a data shard writes at once; 0: a fixed batch of all; -1: by device
+    pieces: Positive = 1  # programs that a rollout is cut into; the rewards of one overlap with the next
     shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
     uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh

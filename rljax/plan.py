@@ -2,18 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.config import Config, resolved
+from rljax.config import Config, RolloutConfig, resolved
 from rljax.data.batches import DataPosition, PromptSource
 from rljax.forward import tree_outputs
 from rljax.models.attention import QUERY_CHUNK
 from rljax.models.layers import wide_dtype
-from rljax.models.params import abstract_params, parameter_count
+from rljax.models.params import abstract_params, parameter_count, quantized, quantized_shardings
+from rljax.models.quantized import cast
 from rljax.runs import flatten
 from rljax.session import Session
 from rljax.setup import open_inputs
@@ -150,22 +152,36 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     return owners + largest + _update_owners(stage)
 
 
-def _decoded(stage: Stage) -> list[tuple[int, int]]:
-    """Rows and samples a prompt of rollout and evaluation."""
+def _decoded(stage: Stage) -> list[tuple[int, int, RolloutConfig]]:
+    """Rows and samples a prompt of rollout and evaluation, and how they are written."""
     config = stage.session.config
     evaluates = config.reward.names and (config.data.dev or config.data.dev_rows or config.data.test)
     r = stage.config.rollout
-    found = [(stage.config.rollout_rows // r.pieces, r.group_size)] if stage.online else []
-    return found + ([(config.eval.prompts_per_batch * config.eval.samples, config.eval.samples)] if evaluates else [])
+    found = [(stage.config.rollout_rows // r.pieces, r.group_size, r)] if stage.online else []
+    exact = replace(r, weights_dtype="compute", cache_dtype="compute")
+    evaluated = (config.eval.prompts_per_batch * config.eval.samples, config.eval.samples, exact)
+    return found + ([evaluated] if evaluates else [])
 
 
-def _rollout_owners(stage: Stage, all_rows: int, group: int) -> list[Owner]:
-    session, r, layout = stage.session, stage.config.rollout, stage.session.decode
+def _decode_weights(session: Session, dtype: str) -> Any:
+    """The copy of the policy that samples."""
+    model, layout = session.model, session.decode
+    plain = abstract_params(model, layout, session.dtype)
+    if dtype != "int8":
+        return plain
+    rounded = jax.eval_shape(lambda params: cast(quantized(model, params), session.dtype), plain)
+    places = quantized_shardings(model, layout)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), rounded, places)
+
+
+def _rollout_owners(stage: Stage, all_rows: int, group: int, r: RolloutConfig) -> list[Owner]:
+    session, layout = stage.session, stage.session.decode
     c, item = session.model.config, jnp.dtype(session.dtype).itemsize
     rows = -(-all_rows // layout.data_shards)
-    copy = abstract_params(session.model, layout, session.dtype)
+    copy = _decode_weights(session, r.weights_dtype)
     is_copied = layout.on_cpu or jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
-    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * c.head_dim * item
+    row = c.head_dim + 4 if r.cache_dtype == "int8" else c.head_dim * item  # an int8 row has a scale
+    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * row
     refill = session.refill(stage.config, all_rows, group)
     slots, prompts, prefilled = rows, rows, rows
     if refill is not None:

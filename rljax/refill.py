@@ -18,6 +18,7 @@ from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import Cache, attention, replicate_kv, visibility
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import wide_dtype
+from rljax.models.quantized import as_stored, dequantize
 from rljax.models.segments import Memory, two_segment_attend, write_layer
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
@@ -115,6 +116,7 @@ class Refill(NamedTuple):
     layout: Layout
     sampling: Sampling
     dtype: Any
+    cache_dtype: Any
     plan: RefillPlan
     params: Params
     prompts: Prompts  # one row a request
@@ -147,6 +149,7 @@ def decode_with_refill(
     layout: Layout,
     sampling: Sampling,
     dtype: Any,
+    cache_dtype: Any,
     plan: RefillPlan,
     params: Params,
     prompts: Prompts,
@@ -157,7 +160,7 @@ def decode_with_refill(
     if rows % plan.group:
         raise ValueError(f"a data shard has {rows} requests, which are not whole groups of {plan.group}")
     plan = replace(plan, slots=min(plan.slots, rows))
-    r = Refill(model, layout, sampling, dtype, plan, params, prompts, key)
+    r = Refill(model, layout, sampling, dtype, cache_dtype, plan, params, prompts, key)
     sizes = [plan.slots]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
@@ -194,7 +197,7 @@ def _start(r: Refill) -> Loop:
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
             hidden=jnp.zeros((slots, width), r.dtype),
-            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.dtype)),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.cache_dtype)),
         ),
         entries=Entries(
             prompt=jnp.zeros(entries, jnp.int32),
@@ -348,11 +351,14 @@ def _stacks(r: Refill, cache: Cache) -> Any:
 
 def _entry_cache(r: Refill, entries: int, width: int) -> Any:
     """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
-    cache = empty_cache(r.model, r.layout, entries, width, r.dtype)
+    cache = empty_cache(r.model, r.layout, entries, width, r.cache_dtype)
     if r.plan.group == 1:
         return _stacks(r, cache)
-    turned = (x.swapaxes(1, 2) for x in cache)
-    return _stacks(r, Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned)))
+
+    def turned(x: Array) -> Array:
+        return r.layout.constrain(x.swapaxes(1, 2), None, "kv_heads", *(None,) * (x.ndim - 2))
+
+    return _stacks(r, jax.tree.map(turned, cache))
 
 
 def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -> tuple[Float[Array, "n d"], Any]:
@@ -363,7 +369,9 @@ def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -
 
     def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
-        out = attention(q, k, v, seen, c.attention_scale)
+        # What is attended over is what the cache will hold.
+        keys, values = (dequantize(as_stored(of, x), (-1,), x.dtype) for of, x in zip(cache, (k, v), strict=True))
+        out = attention(q, keys, values, seen, c.attention_scale)
         for i in range(at.shape[0]):
             new, place = (k[i : i + 1], v[i : i + 1]), [layer, at[i], 0, 0, 0]
             if r.plan.group > 1:

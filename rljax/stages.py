@@ -260,6 +260,8 @@ def build_stage(
         session.decode,
         dtype=session.dtype,
         refill=session.refill(config, rows_a_call, config.rollout.group_size // writers),
+        weights_dtype=config.rollout.weights_dtype,
+        cache_dtype=config.rollout.cache_dtype,
     )
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(

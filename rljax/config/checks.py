@@ -211,6 +211,12 @@ def _check_online(stage: StageConfig, where: str) -> None:
             f"{where}.algo.kl_in is 'reward' and rollout truncates the vocabulary, so that the KL would compare a part "
             f"with a whole; sample from all of it, or set {where}.algo.kl_of_truncated"
         )
+    rounded = [key for key in ("weights_dtype", "cache_dtype") if vars(r)[key] == "int8"]
+    if rounded and "correction" in algo and "proximal_logprobs" not in stage.algorithm().needs:
+        raise ConfigError(
+            f"{where}.rollout.{rounded[0]} is int8, so another policy samples than the one that is trained; set "
+            f"{where}.algo.correction, such as to 'truncated'"
+        )
     if r.keep_groups == "all" and r.max_rounds > 1:
         raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")
     if r.group_size == 1 and r.keep_groups == "mixed":

@@ -129,6 +129,8 @@ class RolloutConfig:
     pieces: Positive = 1  # programs that a rollout is cut into; the rewards of one overlap with the next
     shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
     uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
+    weights_dtype: Literal["compute", "int8"] = "compute"  # of the layers while sampling; int8 needs algo.correction
+    cache_dtype: Literal["compute", "int8"] = "compute"  # of keys and values while sampling; int8 needs algo.correction
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 

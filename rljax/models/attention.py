@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.layers import contract, wide_dtype
+from rljax.models.quantized import as_stored, dequantize
 from rljax.sharding import Layout
 
 # attend(q, k, v, cache, layer) -> (output, cache): what a block calls; who calls the skeleton decides what it does.
@@ -17,10 +18,13 @@ QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that sco
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, in the loop's carry and written in place. [L, B, K, T, H] decodes fastest."""
+    """Keys and values of every layer, in the loop's carry and written in place. [L, B, K, T, H] decodes fastest.
 
-    k: Float[Array, "l b k t h"]
-    v: Float[Array, "l b k t h"]
+    Arrays, or ``Quantized`` ones with a scale for each row of each head.
+    """
+
+    k: Any
+    v: Any
 
 
 def attention(
@@ -103,12 +107,11 @@ def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], la
     def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2)[None] for x in (k, v))
         at = tuple(jnp.int32(i) for i in (layer, 0, 0, start, 0))  # one type, in float64 runs too
-        cache = Cache(
-            jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-            jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
-        )
+        new = Cache(as_stored(cache.k, k), as_stored(cache.v, v))
+        cache = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y.astype(x.dtype), at[: x.ndim]), cache, new)
         length = visible.shape[-1]
-        mine = [jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)[:, :, :length] for x in cache]
-        return attention(q, mine[0], mine[1], visible, scale), cache
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)[:, :, :length], cache)
+        keys, values = (dequantize(x, (-1,), q.dtype) for x in mine)
+        return attention(q, keys, values, visible, scale), cache
 
     return attend

@@ -26,6 +26,7 @@ from rljax.models.layers import (
     swiglu,
     wide_dtype,
 )
+from rljax.models.quantized import Quantized
 from rljax.sharding import VOCAB_BLOCK, Layout
 
 Params = dict[str, Any]
@@ -104,19 +105,19 @@ class Model(NamedTuple):
 def declare_attention(c: DecoderConfig) -> dict[str, Param]:
     return {
         "attention_norm": Param((c.width,), (None,), "ones"),
-        "q": Param((c.width, c.num_heads, c.head_dim), ("embed", "heads", None)),
-        "k": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)),
-        "v": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)),
-        "o": Param((c.num_heads, c.head_dim, c.width), ("heads", None, "embed")),
+        "q": Param((c.width, c.num_heads, c.head_dim), ("embed", "heads", None), summed=1),
+        "k": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), summed=1),
+        "v": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), summed=1),
+        "o": Param((c.num_heads, c.head_dim, c.width), ("heads", None, "embed"), summed=2),
     }
 
 
 def declare_ffn(c: DecoderConfig) -> dict[str, Param]:
     return {
         "ffn_norm": Param((c.width,), (None,), "ones"),
-        "gate": Param((c.width, c.ffn_width), ("embed", "ffn")),
-        "up": Param((c.width, c.ffn_width), ("embed", "ffn")),
-        "down": Param((c.ffn_width, c.width), ("ffn", "embed")),
+        "gate": Param((c.width, c.ffn_width), ("embed", "ffn"), summed=1),
+        "up": Param((c.width, c.ffn_width), ("embed", "ffn"), summed=1),
+        "down": Param((c.ffn_width, c.width), ("ffn", "embed"), summed=1),
     }
 
 
@@ -224,12 +225,17 @@ def scalar_scores(params: Params, hidden: Float[Array, "b t d"]) -> Float[Array,
 
 
 def empty_cache(model: Model, layout: Layout, rows: int, length: int, dtype: Any) -> Cache:
-    """Zeros for ``rows`` rows; kv heads repeated to the tensor degree where that is larger."""
+    """Zeros for ``rows`` rows; kv heads repeated to the tensor degree where that is larger. int8 rows have scales."""
     c = model.config
     heads = max(c.num_kv_heads, layout.tensor)
     shape = (c.num_layers, rows, heads, length, c.head_dim)
-    zeros = [layout.constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None) for _ in range(2)]
-    return Cache(*zeros)
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+        return layout.constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", *(None,) * (len(shape) - 3))
+
+    if dtype == jnp.int8:
+        return Cache(*(Quantized(zeros(shape, dtype), zeros(shape[:-1], jnp.float32)) for _ in range(2)))
+    return Cache(*(zeros(shape, dtype) for _ in range(2)))
 
 
 def check_tensor_degree(config: DecoderConfig, tensor: int) -> None:

@@ -1,7 +1,7 @@
 """Attention of a step over two segments: prompts, which slots may share, and each slot's own columns of a ring."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from rljax.models.attention import Attend, Cache, replicate_kv
 from rljax.models.layers import contract, wide_dtype
+from rljax.models.quantized import as_stored, stored_values, times_row_scales
 from rljax.sharding import Layout
 
 
@@ -24,12 +25,12 @@ def write_layer(cache: Cache, k: Array, v: Array, at: Sequence, there: Array | N
     start = tuple(jnp.int32(i) for i in at)  # one type, in float64 runs too
 
     def put(old: Array, new: Array) -> Array:
-        new = new[None].astype(old.dtype)
+        new, place = new[None].astype(old.dtype), start[: old.ndim]
         if there is not None:
-            new = jnp.where(there, new, jax.lax.dynamic_slice(old, start, new.shape))
-        return jax.lax.dynamic_update_slice(old, new, start)
+            new = jnp.where(there, new, jax.lax.dynamic_slice(old, place, new.shape))
+        return jax.lax.dynamic_update_slice(old, new, place)
 
-    return Cache(put(cache.k, k), put(cache.v, v))
+    return jax.tree.map(put, cache, Cache(as_stored(cache.k, k), as_stored(cache.v, v)))
 
 
 def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: Layout, scale: float) -> Attend:
@@ -44,15 +45,16 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
         ring = write_layer(memory.ring, k, v, (layer, 0, 0, cursor, 0))
         slots, _, heads, width = q.shape
         q = q.reshape(slots, k.shape[1], -1, width)
-        ring_keys, ring_values, keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in (*ring, *memory.prompts)
+        ring_keys, ring_values, keys, values = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), (*ring, *memory.prompts)
         )
         own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
             visible = in_prompt[:, None, None]
             prompt = _part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale)
         else:
-            keys, values = (x.reshape(x.shape[0], -1, width) for x in (keys, values))  # [K, Q * P, H]
+            # [K, Q * P, H]
+            keys, values = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (keys, values))
             visible = in_prompt.reshape(slots, 1, -1)
             prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
             prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
@@ -69,13 +71,14 @@ class Part(NamedTuple):
     values: Float[Array, "*n h"]
 
 
-def _part(to_scores: str, to_values: str, q: Array, k: Array, v: Array, visible: Array, scale: float) -> Part:
+def _part(to_scores: str, to_values: str, q: Array, k: Any, v: Any, visible: Array, scale: float) -> Part:
     wide = wide_dtype(q.dtype)
-    scores = contract(to_scores, q, k, wide) * scale
+    scores = times_row_scales(contract(to_scores, q, stored_values(k), wide) * scale, k)
     scores = jnp.where(visible, scores, jnp.finfo(wide).min / 2)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
-    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, weights.astype(q.dtype), v, wide))
+    shares = times_row_scales(weights, v).astype(q.dtype)
+    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, shares, stored_values(v), wide))
 
 
 def _merged(parts: tuple[Part, Part]) -> Float[Array, "*n h"]:

@@ -29,6 +29,7 @@ class Forward:
     remat: str
     logits_chunk: int
     temperature: float
+    attention: str  # kernel, as hidden_states takes it
     truncates: bool  # the sampler cut the vocabulary: log-probs are renormalised on each token's stored support
 
     def outputs(self, params: Params, batch: Batch, head_from: int, needs: frozenset[str] = frozenset()) -> Outputs:
@@ -71,7 +72,15 @@ class Forward:
             segments = batch.get("segments", valid.astype(jnp.int32))
             positions = batch.get("positions", row_positions(valid))
         return hidden_states(
-            self.model, self.layout, params, tokens, segments, positions, dtype=self.dtype, remat=self.remat
+            self.model,
+            self.layout,
+            params,
+            tokens,
+            segments,
+            positions,
+            dtype=self.dtype,
+            remat=self.remat,
+            attention=self.attention,
         )
 
     def _shard_outputs(

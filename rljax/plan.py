@@ -13,6 +13,7 @@ from rljax.config import Config, RolloutConfig, resolved
 from rljax.data.batches import DataPosition, PromptSource
 from rljax.forward import tree_outputs
 from rljax.models.attention import QUERY_CHUNK
+from rljax.models.kernels import choose
 from rljax.models.layers import wide_dtype
 from rljax.models.params import abstract_params, parameter_count, quantized, quantized_shardings
 from rljax.models.quantized import cast
@@ -273,7 +274,8 @@ def _backward_column(stage: Stage, layout: Layout) -> int:
     """Bytes a token while one layer runs backward, with everything that it computes again."""
     c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
     wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
-    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide
+    kernel = choose(stage.session.config.model.attention, layout, stage.session.dtype, _bin_length(stage), c.head_dim)
+    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide if kernel == "xla" else 0
     inner = 4 * c.ffn_width * item + 3 * c.num_heads * c.head_dim * wide
     return 4 * c.width * wide + (inner + scores) // layout.tensor
 

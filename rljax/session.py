@@ -75,6 +75,7 @@ class Session:
             remat=self.config.model.remat,
             logits_chunk=self.config.model.logits_chunk,
             temperature=sampling.scoring_temperature if sampling else 1.0,
+            attention=self.config.model.attention,
             truncates=sampling.truncates if sampling else False,
         )
 
@@ -155,6 +156,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     model = _model(config, tokenizer)
     for layout in (train, decode):
         check_tensor_degree(model.config, layout.tensor)
+    _check_attention(config, train)
     for name in config.recipe:
         _check_rows(config.stage(name), train, decode, config.key_of(name))
         _check_length(config.stage(name), model, config.key_of(name))
@@ -193,6 +195,20 @@ def _model(config: Config, tokenizer: Tokenizer) -> Model:
             f"{model.config.vocab_size} rows; they do not belong together"
         )
     return model
+
+
+def _check_attention(config: Config, layout: Layout) -> None:
+    """A kernel that is asked for by name has to run on the devices."""
+    asked, kind = config.model.attention, layout.mesh.devices.flat[0].device_kind
+    if (asked == "flash" and not layout.on_tpu) or (asked == "cudnn" and not layout.on_nvidia):
+        needs = {"flash": "a TPU", "cudnn": "an NVIDIA GPU"}[asked]
+        raise ConfigError(
+            f"config.model.attention is {asked!r}, which needs {needs}, and the mesh has {kind}; set auto"
+        )
+    if asked == "cudnn" and config.compute_dtype != "bfloat16":
+        raise ConfigError(
+            "config.model.attention is 'cudnn', which computes in bfloat16; set compute_dtype to it, or auto"
+        )
 
 
 def _check_length(stage: StageConfig, model: Model, where: str) -> None:

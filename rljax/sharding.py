@@ -55,6 +55,10 @@ class Layout:
         return self.mesh.devices.flat[0].platform == "cpu"
 
     @property
+    def on_nvidia(self) -> bool:
+        return "NVIDIA" in self.mesh.devices.flat[0].device_kind
+
+    @property
     def on_tpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "tpu"
 

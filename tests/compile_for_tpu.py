@@ -216,6 +216,7 @@ def main(topology: str, name: str) -> None:
             record |= {"loop_collectives": count, "crossing": rest, "uniform_steps": len(crossing) - len(rest)}
         else:
             record["logits"] = logits_buffers(text, stage)
+            record["kernels"] = text.count('custom_call_target="tpu_custom_call"')
         print(json.dumps(record), flush=True)
 
 

@@ -48,11 +48,15 @@ def check(topology: str, found: dict[tuple[str, str], dict[str, Any]]) -> None:
         assert not record.get("logits"), (key, record)
         assert not record.get("crossing"), (key, record)
         assert record.get("uniform_steps", 0) <= 1, (key, record)
+        assert record.get("kernels", 1) > 0, (key, record)  # attention of whole rows
 
 
 @pytest.mark.parametrize("topology", CHIPS)
 def test_a_step_fits_its_chips_and_its_loops_stay_in_their_shard(compiled: Any, topology: str) -> None:
-    """State, reference, temporaries and program; no logits of a row; no collective across data shards in a loop."""
+    """State, reference, temporaries and program; no logits of a row; no collective across data shards in a loop.
+
+    Scoring and update have attention's kernel.
+    """
     check(topology, compiled[topology])
 
 

@@ -51,6 +51,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "block"] = (
         "none"  # what the backward pass keeps of a layer: all, products, its input
     )
+    attention: Literal["auto", "xla", "cudnn", "flash"] = "auto"  # kernel of training and scoring; auto: by device
     logits_chunk: Positive = 1024  # tokens a device whose logits exist at once
 
 

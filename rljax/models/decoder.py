@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attend, Cache, full_attend
+from rljax.models.kernels import choose, kernel_attend
 from rljax.models.layers import (
     PRODUCT,
     Param,
@@ -263,9 +264,18 @@ def hidden_states(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> Float[Array, "b t d"]:
-    """Whole rows through the decoder, as training and scoring do. ``segments`` is 0 at padding, else a row's part."""
-    attend = full_attend(positions, segments, model.config.sliding_window, layout, model.config.attention_scale)
+    """Whole rows through the decoder, as training and scoring do. ``segments`` is 0 at padding, else a row's part.
+
+    ``attention`` names a kernel, or auto (``kernels.choose``).
+    """
+    c = model.config
+    kernel = choose(attention, layout, dtype, tokens.shape[1], c.head_dim)
+    if kernel == "xla":
+        attend = full_attend(positions, segments, c.sliding_window, layout, c.attention_scale)
+    else:
+        attend = kernel_attend(kernel, segments, c.sliding_window, layout, c.attention_scale)
     return forward(model, layout, params, tokens, positions, attend, dtype=dtype, remat=remat)[0]
 
 

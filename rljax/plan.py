@@ -188,13 +188,14 @@ def _rollout_owners(stage: Stage, all_rows: int, group: int, r: RolloutConfig) -
     if refill is not None:
         groups = -(-rows // group)
         slots, prompts, prefilled = refill.slots, refill.entries(groups), refill.prefilled(groups)
+    columns = min(r.prefill_chunk or _prompt_length(stage), _prompt_length(stage))
     prompt, completion = prompts * _prompt_length(stage) * column, slots * r.max_new_tokens * column
     logits = slots * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
     return [
         Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
         Owner("prompt cache", prompt, "rollout"),
         Owner("completion cache", completion, "rollout"),
-        Owner("prompt activations", prefilled * _prompt_length(stage) * _forward_column(stage, layout), "prefill"),
+        Owner("prompt activations", prefilled * columns * _forward_column(stage, layout), "prefill"),
         # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there.
         Owner("second cache", 0 if refill else prompt + completion, "decode"),
         # Scaled and with their exponentials; truncation sorts them too.

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.decoding import Sampling, draw, request_key
-from rljax.models.attention import Cache, attention, replicate_kv, visibility
+from rljax.models.attention import Cache
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import wide_dtype
-from rljax.models.quantized import as_stored, dequantize
-from rljax.models.segments import Memory, two_segment_attend, write_layer
+from rljax.models.segments import Memory, two_segment_attend
+from rljax.prefill import entry_cache, prefill
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
@@ -70,7 +70,15 @@ class Loop(NamedTuple):
     busy: Bool[Array, ""]  # there is something left to do, here or on a shard that goes in step
     slots: Slots
     entries: Entries
+    filling: "Filling"
     written: Written
+
+
+class Filling(NamedTuple):
+    """Prompts that are being prefilled in chunks."""
+
+    at: Int[Array, " n"]  # their entries, which are free until the last chunk
+    column: Int[Array, ""]  # that the next chunk begins at; the width of prompts: there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,7 @@ class RefillPlan:
     group: int  # consecutive requests that share a prompt
     slots: int  # on each data shard
     loops: int = 2  # each further one has a quarter of the slots, for the last answers
+    prefill_chunk: int = 0  # columns of a prompt that are prefilled between two steps; 0: all
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
 
     def entries(self, groups: int) -> int:
@@ -92,7 +101,14 @@ class RefillPlan:
 
 
 def plan_refill(
-    layout: Layout, rows: int, group: int, *, slots: int = -1, loops: int = 2, uniform_steps: str = "auto"
+    layout: Layout,
+    rows: int,
+    group: int,
+    *,
+    slots: int = -1,
+    loops: int = 2,
+    prefill_chunk: int = 0,
+    uniform_steps: str = "auto",
 ) -> RefillPlan | None:
     """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
 
@@ -105,7 +121,11 @@ def plan_refill(
     slots = (CPU_SLOTS if layout.on_cpu else ACCELERATOR_SLOTS) if slots < 0 else slots
     uniform = layout.on_tpu if uniform_steps == "auto" else uniform_steps == "always"
     return RefillPlan(
-        group=group, slots=min(slots, requests), loops=1 if layout.on_tpu else loops, uniform_steps=uniform
+        group=group,
+        slots=min(slots, requests),
+        loops=1 if layout.on_tpu else loops,
+        prefill_chunk=prefill_chunk,
+        uniform_steps=uniform,
     )
 
 
@@ -140,6 +160,11 @@ class Refill(NamedTuple):
         return self.prompts.tokens.shape[1]
 
     @property
+    def chunk(self) -> int:
+        """Columns that are prefilled at once."""
+        return min(self.plan.prefill_chunk or self.width, self.width)
+
+    @property
     def groups(self) -> int:
         return self.requests // self.plan.group
 
@@ -161,6 +186,8 @@ def decode_with_refill(
         raise ValueError(f"a data shard has {rows} requests, which are not whole groups of {plan.group}")
     plan = replace(plan, slots=min(plan.slots, rows))
     r = Refill(model, layout, sampling, dtype, cache_dtype, plan, params, prompts, key)
+    if r.width % r.chunk:
+        raise ValueError(f"prompts of {r.width} columns are not whole chunks of {r.chunk}")
     sizes = [plan.slots]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
@@ -204,8 +231,9 @@ def _start(r: Refill) -> Loop:
             open=jnp.zeros(entries, jnp.int32),
             valid=jnp.zeros((entries, r.width), bool),
             hidden=jnp.zeros((entries, width), r.dtype),
-            cache=_entry_cache(r, entries, r.width),
+            cache=entry_cache(r.model, r.layout, entries, r.width, r.cache_dtype, shared=r.plan.group > 1),
         ),
+        filling=Filling(jnp.zeros(r.plan.prefilled(r.groups), jnp.int32), jnp.int32(r.width)),
         written=Written(
             tokens=jnp.pad(r.prompts.tokens, ((0, 0), (0, r.budget))),
             logprobs=jnp.zeros(row, wide_dtype(r.dtype)),
@@ -225,8 +253,7 @@ def _busy(r: Refill, left: int, s: Loop) -> Array:
 def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
     """Free slots take requests; every slot samples a token and reads it."""
     if refills:
-        s = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
-        s = _admitted(r, s)
+        s = _admitted(r, _prefilled(r, s))
     slots, cursor = s.slots, s.step % r.budget
     sample_id = r.prompts.sample_id[slots.request]
     keys = jax.vmap(partial(request_key, r.key))(r.prompts.prompt_id[slots.request], sample_id)
@@ -275,19 +302,45 @@ def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
     return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
 
 
+def _prefilled(r: Refill, s: Loop) -> Loop:
+    """Prompts into free entries, as many as there is room for; in chunks one chunk, or more where no slot is busy."""
+    if r.chunk == r.width:
+        return jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
+
+    def goes_on(carry: tuple[Loop, Array]) -> Array:
+        s, first = carry
+        return _can_prefill(r, s) & (first | ~jnp.any(s.entries.open > 0))
+
+    def chunk(carry: tuple[Loop, Array]) -> tuple[Loop, Array]:
+        return _prefill_next(r, carry[0]), jnp.bool_(False)
+
+    return jax.lax.while_loop(goes_on, chunk, (s, jnp.bool_(True)))[0]
+
+
 def _can_prefill(r: Refill, s: Loop) -> Array:
     waiting = r.groups - s.prefilled
     return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, r.plan.prefilled(r.groups)))
 
 
 def _prefill_next(r: Refill, s: Loop) -> Loop:
-    """The next prompts of the queue into free entries."""
+    """The next prompts of the queue into free entries, or the next chunk of them: entries open with the last one."""
     at = jnp.argsort(s.entries.open, stable=True)[: r.plan.prefilled(r.groups)].astype(jnp.int32)
     number = s.prefilled + jnp.arange(at.shape[0], dtype=jnp.int32)
     there = number < r.groups
     prompts = jax.tree.map(lambda x: x[jnp.where(there, number * r.plan.group, 0)], r.prompts)
-    hidden, cache = _prefill(r, s.entries.cache, prompts, at, there)
-    places = jnp.where(there, at, s.entries.open.shape[0])  # out of bounds: not written
+    settings = (r.model, r.layout, r.params, r.dtype, s.entries.cache, prompts)
+    filling, last = s.filling, there
+    if r.chunk == r.width:
+        hidden, cache = prefill(*settings, at, there, shared=r.plan.group > 1)
+    else:
+        begins = filling.column == r.width
+        at = jnp.where(begins, at, filling.at)
+        first = jnp.argmax(jnp.any(prompts.valid & there[:, None], axis=0)).astype(jnp.int32)  # none before is a token
+        start = jnp.where(begins, first // r.chunk * r.chunk, filling.column)
+        hidden, cache = prefill(*settings, at, there, shared=r.plan.group > 1, start=start, chunk=r.chunk)
+        filling = Filling(at, start + r.chunk)
+        last = there & (filling.column == r.width)
+    places = jnp.where(last, at, s.entries.open.shape[0])  # out of bounds: not written
 
     def put(old: Array, new: Array) -> Array:
         return old.at[places].set(new, mode="drop")
@@ -299,7 +352,7 @@ def _prefill_next(r: Refill, s: Loop) -> Loop:
         hidden=put(s.entries.hidden, hidden),
         cache=cache,
     )
-    return s._replace(prefilled=s.prefilled + jnp.sum(there, dtype=jnp.int32), entries=entries)
+    return s._replace(prefilled=s.prefilled + jnp.sum(last, dtype=jnp.int32), entries=entries, filling=filling)
 
 
 def _admitted(r: Refill, s: Loop) -> Loop:
@@ -347,40 +400,6 @@ def _taken(of: Any, kept: Array) -> Any:
 
 def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
-
-
-def _entry_cache(r: Refill, entries: int, width: int) -> Any:
-    """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
-    cache = empty_cache(r.model, r.layout, entries, width, r.cache_dtype)
-    if r.plan.group == 1:
-        return _stacks(r, cache)
-
-    def turned(x: Array) -> Array:
-        return r.layout.constrain(x.swapaxes(1, 2), None, "kv_heads", *(None,) * (x.ndim - 2))
-
-    return _stacks(r, jax.tree.map(turned, cache))
-
-
-def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -> tuple[Float[Array, "n d"], Any]:
-    """Prompts through the model into entries ``at``, those that are ``there``; what predicts their first tokens."""
-    c = r.model.config
-    segments, positions = prompts.valid.astype(jnp.int32), row_positions(prompts.valid)
-    seen = visibility(positions, positions, segments, segments, c.sliding_window)
-
-    def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
-        k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
-        # What is attended over is what the cache will hold.
-        keys, values = (dequantize(as_stored(of, x), (-1,), x.dtype) for of, x in zip(cache, (k, v), strict=True))
-        out = attention(q, keys, values, seen, c.attention_scale)
-        for i in range(at.shape[0]):
-            new, place = (k[i : i + 1], v[i : i + 1]), [layer, at[i], 0, 0, 0]
-            if r.plan.group > 1:
-                new, place = (k[i][:, None], v[i][:, None]), [layer, 0, at[i], 0, 0]
-            cache = write_layer(cache, *new, place, there[i])
-        return out, cache
-
-    hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)
-    return hidden[:, -1], cache
 
 
 def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:

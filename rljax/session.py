@@ -115,7 +115,13 @@ class Session:
         """How ``rows`` requests in groups are worked off."""
         r = stage.rollout
         return plan_refill(
-            self.decode, rows, group, slots=r.slots, loops=r.shrink_stages, uniform_steps=r.uniform_steps
+            self.decode,
+            rows,
+            group,
+            slots=r.slots,
+            loops=r.shrink_stages,
+            prefill_chunk=r.prefill_chunk,
+            uniform_steps=r.uniform_steps,
         )
 
     def check_weights(self) -> None:

@@ -211,6 +211,14 @@ def _check_online(stage: StageConfig, where: str) -> None:
             f"{where}.algo.kl_in is 'reward' and rollout truncates the vocabulary, so that the KL would compare a part "
             f"with a whole; sample from all of it, or set {where}.algo.kl_of_truncated"
         )
+    if r.prefill_chunk and not r.slots:
+        raise ConfigError(f"{where}.rollout.prefill_chunk does nothing while rollout.slots is 0: a fixed batch")
+    for length in stage.data.prompt_lengths:
+        if r.prefill_chunk and length > r.prefill_chunk and length % r.prefill_chunk:
+            raise ConfigError(
+                f"{where}.rollout.prefill_chunk {r.prefill_chunk} does not divide the {length} of "
+                f"{where}.data.prompt_lengths"
+            )
     rounded = [key for key in ("weights_dtype", "cache_dtype") if vars(r)[key] == "int8"]
     if rounded and "correction" in algo and "proximal_logprobs" not in stage.algorithm().needs:
         raise ConfigError(

@@ -129,6 +129,7 @@ class RolloutConfig:
     slots: Annotated[int, Range(-1)] = -1  # answers a data shard writes at once; 0: a fixed batch of all; -1: by device
     pieces: Positive = 1  # programs that a rollout is cut into; the rewards of one overlap with the next
     shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
+    prefill_chunk: Count = 0  # tokens of a prompt read between two decode steps; 0: the whole prompt
     uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
     weights_dtype: Literal["compute", "int8"] = "compute"  # of the layers while sampling; int8 needs algo.correction
     cache_dtype: Literal["compute", "int8"] = "compute"  # of keys and values while sampling; int8 needs algo.correction

@@ -140,13 +140,14 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     """
     session = stage.session
     state = stage.abstract_saved()["train"]
+    moments = "update" if stage.config.offload_optimizer else "always"
     owners = [
         Owner("parameters", _local_bytes(state.params), "always"),
-        Owner("optimizer state", _local_bytes(state.opt_state), "always"),
+        Owner("optimizer state", _local_bytes(state.opt_state), moments),
     ]
     for name in frozen_sources(stage.config, stage.algorithm):
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
-        once = name == "reference" and stage.caches_reference
+        once = name == "reference" and (stage.caches_reference or stage.config.offload_reference)
         owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "reference" if once else "always"))
     rollouts = [_rollout_owners(stage, *decoded) for decoded in _decoded(stage)]
     largest = max(rollouts, key=lambda found: sum(owner.bytes for owner in found), default=[])

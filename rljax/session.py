@@ -166,6 +166,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     for name in config.recipe:
         _check_rows(config.stage(name), train, decode, config.key_of(name))
         _check_length(config.stage(name), model, config.key_of(name))
+        _check_offload(config.stage(name), train, config.key_of(name))
     folder = epath.Path(config.output_dir or f"runs/{config.name}")
     return Session(config, model.padded_for(train.tensor, decode.tensor), tokenizer, train, decode, folder)
 
@@ -215,6 +216,12 @@ def _check_attention(config: Config, layout: Layout) -> None:
         raise ConfigError(
             "config.model.attention is 'cudnn', which computes in bfloat16; set compute_dtype to it, or auto"
         )
+
+
+def _check_offload(stage: StageConfig, layout: Layout, where: str) -> None:
+    for key in ("offload_optimizer", "offload_reference"):
+        if vars(stage)[key] and layout.on_cpu:
+            raise ConfigError(f"{where}.{key} saves nothing where there is no accelerator; switch it off")
 
 
 def _check_length(stage: StageConfig, model: Model, where: str) -> None:

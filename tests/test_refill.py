@@ -82,7 +82,7 @@ def test_refill_gives_what_the_fixed_batch_gives(group: int, slots: int, loops: 
     assert (mine.finish_reason == FINISH_LENGTH).any()
 
 
-@pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), (4, 12, 3), (1, 3, 2)])
+@pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), (1, 3, 3)])
 def test_prompts_may_be_prefilled_in_chunks(group: int, slots: int, chunk: int) -> None:
     """The same to 1e-12 in float64, under a window that ends inside a chunk, with prompts of no tokens among them."""
     with jax.enable_x64(True):

@@ -180,6 +180,12 @@ def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
             raise ConfigError(
                 f"{where}.{key} is not set, and the algorithm reads it; it names an earlier stage or a model folder"
             )
+    moves = stage.reference_reset_steps or stage.reference_ema
+    if stage.offload_reference and (moves or algorithm.rival_mixture):
+        raise ConfigError(
+            f"{where}.offload_reference is for a reference that stays and only scores; this stage "
+            f"{'moves it' if moves else 'samples with it'}"
+        )
     if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
         raise ConfigError(
             f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "

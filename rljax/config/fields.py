@@ -240,6 +240,8 @@ class StageConfig:
     critic: CriticConfig = CriticConfig()
     text_mix: TextMixConfig = TextMixConfig()
     clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
+    offload_optimizer: bool = False  # its moments wait in the hosts' memory between updates; on accelerators
+    offload_reference: bool = False  # the reference waits in the hosts' memory between its passes; on accelerators
     data: DataConfig = DataConfig()
     select: SelectConfig = SelectConfig()
     rollout: RolloutConfig = RolloutConfig()

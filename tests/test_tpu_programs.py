@@ -63,7 +63,7 @@ def test_a_step_fits_its_chips_and_its_loops_stay_in_their_shard(compiled: Any, 
 
 @pytest.mark.parametrize("topology", CHIPS)
 def test_what_waits_in_the_hosts_memory_is_not_on_the_chips(compiled: Any, topology: str) -> None:
-    """Scoring lacks the moments, 8 bytes a parameter, and the update the reference, 2 bytes, by their share of a chip."""
+    """Scoring lacks the moments, 8 bytes a parameter, the update the reference, 2 bytes: a chip holds its share."""
     found = compiled[topology]
     share = 596_049_920 / found[OFFLOADED, "update"]["chips"] / 2**30
     for program, bytes_away in (("score", 8), ("update", 2)):

@@ -79,7 +79,7 @@ class DataConfig:
     test_rows: Count = 0  # how many to use; 0: all there are
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name to its: prompt, max_new_tokens, answer, solution, messages, chosen, rejected, completions, scores, label
+    )  # ours to its: max_new_tokens, prompt, answer, solution, messages, chosen, rejected, completions, scores, label
     options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
     prompt_prefix: str = ""  # before every prompt that is completed, such as the label of a wanted return
     prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits

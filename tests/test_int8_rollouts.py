@@ -43,7 +43,7 @@ def fixed() -> Any:
     return rollout(None, 4)
 
 
-@pytest.mark.parametrize(("group", "mesh"), [(4, "1,2,2"), (1, "1,1,1")])
+@pytest.mark.parametrize(("group", "mesh"), [(4, "1,2,2"), pytest.param(1, "1,1,1", marks=pytest.mark.slow)])
 def test_refill_gives_what_the_fixed_batch_gives(fixed: Any, group: int, mesh: str) -> None:
     model = MODEL.padded_for(2)
     other = fixed if group == 4 else rollout(None, group)

@@ -82,7 +82,7 @@ def test_refill_gives_what_the_fixed_batch_gives(group: int, slots: int, loops: 
     assert (mine.finish_reason == FINISH_LENGTH).any()
 
 
-@pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), (1, 3, 3)])
+@pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), pytest.param(1, 3, 3, marks=pytest.mark.slow)])
 def test_prompts_may_be_prefilled_in_chunks(group: int, slots: int, chunk: int) -> None:
     """The same to 1e-12 in float64, under a window that ends inside a chunk, with prompts of no tokens among them."""
     with jax.enable_x64(True):
@@ -172,7 +172,7 @@ def test_memory_does_not_depend_on_the_number_of_requests() -> None:
     params = init_params(model, layout(), 0)
     generate = program(model, "1,1,1", RefillPlan(group=4, slots=8))
     once = requests(4)
-    twice = Prompts(*(np.concatenate([x, x]) for x in once))
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), once)
     temporary = [
         generate.lower(params, prompts, jax.random.key(1), np.int32(0)).compile().memory_analysis().temp_size_in_bytes
         for prompts in (once, twice)

@@ -22,6 +22,8 @@ SHORT = (
     "ppo_step --size s --repeats 1",
     "packing --size s --repeats 2",
     "head_chunks --size s --repeats 2",
+    "long_prompts --size s --repeats 1",
+    "cache_growth --size s --repeats 1",
     *(f"scaling --size xs --devices {devices}" for devices in (1, 2, 4, 8)),
 )
 GPU = (
@@ -30,6 +32,8 @@ GPU = (
     *(f"grpo_step --size {size} --dtype bfloat16 --micro 16" for size in ("0.5b", "1b")),
     *(f"dpo_step --size {size} --dtype bfloat16" for size in ("0.5b", "1b", "3b")),
     "skewed_lengths --size 1b --dtype bfloat16",
+    "long_prompts --size 1b --dtype bfloat16 --prompts 8 --prompt 2048 --completion 256 --slots 256",
+    "cache_growth --size 1b --dtype bfloat16 --batch 64 --completions 128,512,2048",
 )
 COLUMNS = ("benchmark", "size", "dtype", "batch", "seconds", "tokens_per_second", "roofline_fraction", "other_cores")
 PHASES = ("rollout_seconds", "score_seconds", "update_seconds", "fixed_batch_tokens_per_second", "peak_memory_gib")

@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
-from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, online_stage
+from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, log_normal_lengths, online_stage
 from rljax.sharding import to_global
 
 ROWS = 64
-MEAN, SPREAD = 36, 1.0  # tokens of a completion, log-normal as answers are; deviation of the logarithm
+MEAN = 36  # tokens of a completion before it is cut at the budget
 
 
 def skewed_batch(rng: np.random.Generator, vocab: int, prompt: int, completion: int) -> dict[str, np.ndarray]:
     """Prompts of 8 tokens or more, completions of log-normal length, as GRPO's targets give them."""
     prompts = rng.integers(8, prompt + 1, ROWS)
-    lengths = np.clip(rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, ROWS), 1, completion).astype(int)
+    lengths = log_normal_lengths(rng, ROWS, MEAN, completion)
     columns = np.arange(prompt + completion)
     valid = (columns >= prompt - prompts[:, None]) & (columns < prompt + lengths[:, None])
     numbers = {"behavior_logprobs": -9.0, "ref_logprobs": -9.0, "advantages": 1.0, "support": -np.inf}

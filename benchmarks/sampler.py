@@ -25,7 +25,7 @@ def random_prompts(session: Session, rows: int, length: int, group: int = 1) -> 
     prompt_id = np.repeat(np.arange(rows // group, dtype=np.int32), group)
     sample_id = np.tile(np.arange(group, dtype=np.int32), rows // group)
     whole = Prompts(tokens[prompt_id], np.ones((rows, length), bool), prompt_id, sample_id)
-    return Prompts(*(to_global(x, session.train.rows) for x in whole))
+    return jax.tree.map(lambda x: to_global(x, session.train.rows), whole)
 
 
 def main() -> None:

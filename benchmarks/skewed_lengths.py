@@ -2,37 +2,39 @@
 
 python -m benchmarks.skewed_lengths --size s --dtype bfloat16
 
-One token in 36 ends a completion: lengths are geometric, about 35 of at most 128 in the mean, the same on both paths.
+Every request has a budget of its own, log-normal as answers are, about 36 of at most 128 tokens in the mean; nothing
+else ends a completion, so both paths write the same lengths.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.sampler import random_prompts
-from benchmarks.workload import COMPLETION, GROUP, PROMPT, endless_session, grpo_config
+from benchmarks.workload import COMPLETION, GROUP, PROMPT, endless_session, grpo_config, log_normal_lengths
 from rljax.refill import RefillPlan
 from rljax.sampler import make_generate
+from rljax.sharding import to_global
 
-MEAN = 36
+MEAN = 41  # tokens before they are cut at the budget, which leaves 36
 
 
 def main() -> None:
     a = arguments(__doc__, requests=256, slots=64, group=GROUP, prompt=PROMPT, completion=COMPLETION)
     overrides = {"rollout.max_new_tokens": a.completion, "data.prompt_lengths": (a.prompt,)}
     session = endless_session(grpo_config(a.size, a.dtype, **overrides))
-    ends = tuple(range(session.model.config.vocab_size // MEAN))
-    sampling = dataclasses.replace(session.sampling(session.config), end_ids=ends)
     params, shards = session.base_params(), session.decode.data_shards
     report = Report("skewed_lengths", a.size, a.dtype, batch=a.slots, requests=a.requests, group=a.group)
     plan = RefillPlan(group=a.group, slots=a.slots // shards)
-    layouts = (session.model, session.train, session.decode, sampling)
+    layouts = (session.model, session.train, session.decode, session.sampling(session.config))
     refill = make_generate(*layouts, dtype=session.dtype, refill=plan)
     fixed = make_generate(*layouts, dtype=session.dtype)
-    queue = random_prompts(session, a.requests, a.prompt, a.group)
+    lengths = log_normal_lengths(np.random.default_rng(0), a.requests, MEAN, a.completion)
+    budgets = to_global(lengths, session.train.rows)
+    queue = random_prompts(session, a.requests, a.prompt, a.group)._replace(max_new_tokens=budgets)
     batches = [jax.tree.map(lambda x: x[i : i + a.slots], queue) for i in range(0, a.requests, a.slots)]  # noqa: B023
     key, version = jax.random.key(0), jnp.int32(0)
 
@@ -44,15 +46,20 @@ def main() -> None:
 
     samples = interleaved({"refill": run_refill, "fixed": run_fixed}, a.repeats)
     fast = run_refill()
-    slow = jax.tree.map(lambda *parts: jnp.concatenate(parts), *run_fixed())
+    parts = run_fixed()
+    slow = jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)
     same = jnp.mean((fast.tokens == slow.tokens).all(axis=1).astype(jnp.float32))
-    tokens = int(fast.loss_mask.sum())
-    fixed_seconds = min(s.seconds for s in samples["fixed"])
+    written = np.asarray(fast.loss_mask.sum(axis=1))
+    check("lengths that are not those asked for", float((written != lengths).sum()), 0)
+    tokens = int(written.sum())
     report.line(
         samples["refill"],
         tokens=tokens,
-        fixed_batch_tokens_per_second=tokens / fixed_seconds,
-        lengths="geometric",
+        fixed_batch_tokens_per_second=tokens / min(s.seconds for s in samples["fixed"]),
+        decode_steps=int(fast.decode_steps.max()),
+        fixed_batch_decode_steps=sum(int(part.decode_steps.max()) for part in parts),
+        occupied_slot_share=tokens / float(fast.slot_steps.sum()),
+        lengths="log-normal",
         mean_length=tokens / a.requests,
         # The same draws; rounding turns one of them now and then.
         different_rows=check(

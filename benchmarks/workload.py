@@ -102,6 +102,11 @@ def online_stage(session: Session, rows: int = 64) -> Stage:
     return stage
 
 
+def log_normal_lengths(rng: np.random.Generator, rows: int, mean: float, longest: int) -> np.ndarray:
+    """Tokens of completions as answers have them: log-normal, the logarithm's deviation 1, cut at ``longest``."""
+    return np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, rows), 1, longest).astype(np.int32)
+
+
 def forward_flops(c: DecoderConfig, rows: int, length: int, head_tokens: int) -> float:
     """Of matrix products alone, 2 a multiply-add, causal attention as half; the head on ``head_tokens`` a row."""
     qo, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from rljax.sharding import fetched
 from rljax.types import PyTree
 
 STATE, RECORD, SCORE = "state", "record", "score"
@@ -240,6 +241,8 @@ def _checksums(state: PyTree) -> PyTree:
     def checksum(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
+        if jax.typeof(x).memory_space == jax.memory.Space.Host:
+            x = fetched(x)
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))

@@ -7,6 +7,7 @@ import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
 from rljax.models.decoder import Params
+from rljax.pieces import Times
 from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
 from rljax.session import ROLLOUT_KEY
 from rljax.sharding import to_global
@@ -47,6 +48,7 @@ def collect(
             version,
             model_reward=model_reward(stage),
             rival=rival(stage, policy),
+            pieces=r.pieces,
         )
         if not mixed:
             return done, position, row_metrics([done], r.group_size)
@@ -78,7 +80,8 @@ def rival(stage: Stage, policy: Params) -> Rival | None:
     if stage.rival is None:
         return None
     alone = stage.algorithm.rival_mixture == 1
-    return Rival(stage.rival, stage.reference if alone else (policy, stage.reference))
+    params = stage.reference if alone else (policy, stage.reference)
+    return Rival(stage.rival, params, stage.config.rollout.group_size)
 
 
 def _widened(prompts: PromptBatch, width: int) -> PromptBatch:
@@ -112,6 +115,5 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
         failures=sum(done.failures for done in rounds),
         samples={k: rounds[n].samples[i] for n, i, k in mine},
         answers={k: rounds[n].answers[i] for n, i, k in mine},
-        rollout_s=sum(done.rollout_s for done in rounds),
-        reward_s=sum(done.reward_s for done in rounds),
+        times=Times(*map(sum, zip(*(done.times for done in rounds), strict=True))),
     )

@@ -78,7 +78,7 @@ class Evaluator:
             "completion_length": float(np.concatenate(lengths).mean()),
             "truncated": float(1 - np.concatenate(finished).mean()),
             "temperature": self.session.config.eval.temperature,
-            "seconds": sum(done.rollout_s + done.reward_s for done in batches),
+            "seconds": sum(done.times.rollout + done.times.reward for done in batches),
         }
         return metrics, batches
 
@@ -135,7 +135,7 @@ def _filled(prompts: PromptBatch, rows: int, width: int) -> PromptBatch:
     left = width - prompts.tokens.shape[1]
     grow = ((0, missing), (left, 0))
     tokens, valid = (np.pad(x, grow) for x in prompts[:2])
-    return PromptBatch(tokens, valid, *(np.pad(x, (0, missing)) for x in prompts[2:]))
+    return PromptBatch(tokens, valid, *(np.pad(x, (0, missing)) for x in prompts[2:] if x is not None))
 
 
 def show(batches: list[Completions], count: int) -> list[dict[str, Any]]:

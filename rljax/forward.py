@@ -15,7 +15,7 @@ from rljax.losses.preference_variants import log_collision
 from rljax.losses.supervised import mean_logprob
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
 from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
-from rljax.sharding import Layout
+from rljax.sharding import Layout, fetched
 from rljax.types import Outputs, PyTree
 
 
@@ -29,6 +29,7 @@ class Forward:
     remat: str
     logits_chunk: int
     temperature: float
+    attention: str  # kernel, as hidden_states takes it
     truncates: bool  # the sampler cut the vocabulary: log-probs are renormalised on each token's stored support
 
     def outputs(self, params: Params, batch: Batch, head_from: int, needs: frozenset[str] = frozenset()) -> Outputs:
@@ -71,7 +72,15 @@ class Forward:
             segments = batch.get("segments", valid.astype(jnp.int32))
             positions = batch.get("positions", row_positions(valid))
         return hidden_states(
-            self.model, self.layout, params, tokens, segments, positions, dtype=self.dtype, remat=self.remat
+            self.model,
+            self.layout,
+            params,
+            tokens,
+            segments,
+            positions,
+            dtype=self.dtype,
+            remat=self.remat,
+            attention=self.attention,
         )
 
     def _shard_outputs(
@@ -230,15 +239,18 @@ def join_rows(tree: PyTree, layout: Layout) -> PyTree:
 
 
 def make_score(
-    forward: Forward, head_from: int, pieces: int, bin_length: int | None = None
+    forward: Forward, head_from: int, pieces: int, bin_length: int | None = None, *, from_host: bool = False
 ) -> Callable[[Params, Batch], Float[Array, "b t"]]:
     """``score(params, batch) -> logprobs``: teacher-forced log-probs of every row, a piece of the rows at a time.
 
-    With ``bin_length`` rows are packed into bins of that many tokens (0: as many as a row is wide).
+    With ``bin_length`` rows are packed into bins of that many tokens (0: as many as a row is wide). ``from_host``
+    parameters lie in the hosts' memory.
     """
-    return _in_pieces(
-        forward, pieces, bin_length, lambda params, rows: forward.outputs(params, rows, head_from).logprobs
-    )
+
+    def logprobs(params: Params, rows: Batch) -> Array | None:
+        return forward.outputs(params, rows, head_from).logprobs
+
+    return _in_pieces(forward, pieces, bin_length, logprobs, from_host)
 
 
 def make_value(
@@ -272,9 +284,14 @@ def make_teacher(
 
 
 def _in_pieces(
-    forward: Forward, pieces: int, bin_length: int | None, run: Callable[[Params, Batch], Any]
+    forward: Forward,
+    pieces: int,
+    bin_length: int | None,
+    run: Callable[[Params, Batch], Any],
+    from_host: bool = False,
 ) -> Callable[[Params, Batch], Any]:
     def score(params: Params, batch: Batch) -> Any:
+        params = fetched(params) if from_host else params
         return map_rows(partial(run, params), batch, pieces, bin_length, forward.layout)
 
     return jax.jit(score)

@@ -2,18 +2,21 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rljax.config import Config, resolved
+from rljax.config import Config, RolloutConfig, resolved
 from rljax.data.batches import DataPosition, PromptSource
 from rljax.forward import tree_outputs
 from rljax.models.attention import QUERY_CHUNK
+from rljax.models.kernels import choose
 from rljax.models.layers import wide_dtype
-from rljax.models.params import abstract_params, parameter_count
+from rljax.models.params import abstract_params, parameter_count, quantized, quantized_shardings
+from rljax.models.quantized import cast
 from rljax.runs import flatten
 from rljax.session import Session
 from rljax.setup import open_inputs
@@ -137,46 +140,63 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     """
     session = stage.session
     state = stage.abstract_saved()["train"]
+    moments = "update" if stage.config.offload_optimizer else "always"
     owners = [
         Owner("parameters", _local_bytes(state.params), "always"),
-        Owner("optimizer state", _local_bytes(state.opt_state), "always"),
+        Owner("optimizer state", _local_bytes(state.opt_state), moments),
     ]
     for name in frozen_sources(stage.config, stage.algorithm):
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
-        once = name == "reference" and stage.caches_reference
+        once = name == "reference" and (stage.caches_reference or stage.config.offload_reference)
         owners.append(Owner(f"frozen {name.replace('_', ' ')}", _local_bytes(model), "reference" if once else "always"))
     rollouts = [_rollout_owners(stage, *decoded) for decoded in _decoded(stage)]
     largest = max(rollouts, key=lambda found: sum(owner.bytes for owner in found), default=[])
     return owners + largest + _update_owners(stage)
 
 
-def _decoded(stage: Stage) -> list[tuple[int, int]]:
-    """Rows and samples a prompt of rollout and evaluation."""
+def _decoded(stage: Stage) -> list[tuple[int, int, RolloutConfig]]:
+    """Rows and samples a prompt of rollout and evaluation, and how they are written."""
     config = stage.session.config
     evaluates = config.reward.names and (config.data.dev or config.data.dev_rows or config.data.test)
-    found = [(stage.config.rollout_rows, stage.config.rollout.group_size)] if stage.online else []
-    return found + ([(config.eval.prompts_per_batch * config.eval.samples, config.eval.samples)] if evaluates else [])
+    r = stage.config.rollout
+    found = [(stage.config.rollout_rows // r.pieces, r.group_size, r)] if stage.online else []
+    exact = replace(r, weights_dtype="compute", cache_dtype="compute")
+    evaluated = (config.eval.prompts_per_batch * config.eval.samples, config.eval.samples, exact)
+    return found + ([evaluated] if evaluates else [])
 
 
-def _rollout_owners(stage: Stage, all_rows: int, group: int) -> list[Owner]:
-    session, r, layout = stage.session, stage.config.rollout, stage.session.decode
+def _decode_weights(session: Session, dtype: str) -> Any:
+    """The copy of the policy that samples."""
+    model, layout = session.model, session.decode
+    plain = abstract_params(model, layout, session.dtype)
+    if dtype != "int8":
+        return plain
+    rounded = jax.eval_shape(lambda params: cast(quantized(model, params), session.dtype), plain)
+    places = quantized_shardings(model, layout)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), rounded, places)
+
+
+def _rollout_owners(stage: Stage, all_rows: int, group: int, r: RolloutConfig) -> list[Owner]:
+    session, layout = stage.session, stage.session.decode
     c, item = session.model.config, jnp.dtype(session.dtype).itemsize
     rows = -(-all_rows // layout.data_shards)
-    copy = abstract_params(session.model, layout, session.dtype)
+    copy = _decode_weights(session, r.weights_dtype)
     is_copied = layout.on_cpu or jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
-    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * c.head_dim * item
+    row = c.head_dim + 4 if r.cache_dtype == "int8" else c.head_dim * item  # an int8 row has a scale
+    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * row
     refill = session.refill(stage.config, all_rows, group)
     slots, prompts, prefilled = rows, rows, rows
     if refill is not None:
         groups = -(-rows // group)
         slots, prompts, prefilled = refill.slots, refill.entries(groups), refill.prefilled(groups)
+    columns = min(r.prefill_chunk or _prompt_length(stage), _prompt_length(stage))
     prompt, completion = prompts * _prompt_length(stage) * column, slots * r.max_new_tokens * column
     logits = slots * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
     return [
         Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
         Owner("prompt cache", prompt, "rollout"),
         Owner("completion cache", completion, "rollout"),
-        Owner("prompt activations", prefilled * _prompt_length(stage) * _forward_column(stage, layout), "prefill"),
+        Owner("prompt activations", prefilled * columns * _forward_column(stage, layout), "prefill"),
         # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there.
         Owner("second cache", 0 if refill else prompt + completion, "decode"),
         # Scaled and with their exponentials; truncation sorts them too.
@@ -256,7 +276,8 @@ def _backward_column(stage: Stage, layout: Layout) -> int:
     """Bytes a token while one layer runs backward, with everything that it computes again."""
     c, item = stage.session.model.config, jnp.dtype(stage.session.dtype).itemsize
     wide = jnp.dtype(wide_dtype(stage.session.dtype)).itemsize
-    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide
+    kernel = choose(stage.session.config.model.attention, layout, stage.session.dtype, _bin_length(stage), c.head_dim)
+    scores = 3 * c.num_heads * min(_bin_length(stage), QUERY_CHUNK) * wide if kernel == "xla" else 0
     inner = 4 * c.ffn_width * item + 3 * c.num_heads * c.head_dim * wide
     return 4 * c.width * wide + (inner + scores) // layout.tensor
 

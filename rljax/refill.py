@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.decoding import Sampling, draw, request_key
-from rljax.models.attention import Cache, attention, replicate_kv, visibility, write_layer
+from rljax.models.attention import Cache
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import wide_dtype
 from rljax.models.segments import Memory, two_segment_attend
+from rljax.prefill import entry_cache, prefill
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
@@ -51,11 +52,19 @@ class Entries(NamedTuple):
     cache: Any  # likewise: [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
 
 
+class Filling(NamedTuple):
+    """Prompts that are being prefilled in chunks."""
+
+    at: Int[Array, " n"]  # their entries, which are free until the last chunk
+    column: Int[Array, ""]  # that the next chunk begins at; the width of prompts: there are none
+
+
 class AtHand(NamedTuple):
     """What prefilling changes. The ring is no part of it: XLA copies what a loop inside the loop carries."""
 
     prefilled: Int[Array, ""]  # prompts that have had an entry
     entries: Entries
+    filling: Filling
 
 
 class Written(NamedTuple):
@@ -76,6 +85,7 @@ class Loop(NamedTuple):
     busy: Bool[Array, ""]  # there is something left to do, here or on a shard that goes in step
     slots: Slots
     entries: Entries
+    filling: Filling
     written: Written
 
 
@@ -86,6 +96,7 @@ class RefillPlan:
     group: int  # consecutive requests that share a prompt
     slots: int  # on each data shard
     loops: int = 2  # each further one has a quarter of the slots, for the last answers
+    prefill_chunk: int = 0  # columns of a prompt that are prefilled between two steps; 0: all
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
 
     def entries(self, groups: int) -> int:
@@ -98,7 +109,14 @@ class RefillPlan:
 
 
 def plan_refill(
-    layout: Layout, rows: int, group: int, *, slots: int = -1, loops: int = 2, uniform_steps: str = "auto"
+    layout: Layout,
+    rows: int,
+    group: int,
+    *,
+    slots: int = -1,
+    loops: int = 2,
+    prefill_chunk: int = 0,
+    uniform_steps: str = "auto",
 ) -> RefillPlan | None:
     """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
 
@@ -111,7 +129,11 @@ def plan_refill(
     slots = (CPU_SLOTS if layout.on_cpu else ACCELERATOR_SLOTS) if slots < 0 else slots
     uniform = layout.on_tpu if uniform_steps == "auto" else uniform_steps == "always"
     return RefillPlan(
-        group=group, slots=min(slots, requests), loops=1 if layout.on_tpu else loops, uniform_steps=uniform
+        group=group,
+        slots=min(slots, requests),
+        loops=1 if layout.on_tpu else loops,
+        prefill_chunk=prefill_chunk,
+        uniform_steps=uniform,
     )
 
 
@@ -122,6 +144,7 @@ class Refill(NamedTuple):
     layout: Layout
     sampling: Sampling
     dtype: Any
+    cache_dtype: Any
     plan: RefillPlan
     params: Params
     prompts: Prompts  # one row a request
@@ -131,10 +154,10 @@ class Refill(NamedTuple):
     def budget(self) -> int:
         return self.sampling.max_new_tokens
 
-    @property
-    def cache_dtype(self) -> Any:
-        """XLA's CPU backend has no batched product of bfloat16: it would convert the whole ring at every token."""
-        return wide_dtype(self.dtype) if self.layout.on_cpu else self.dtype
+    def budgets(self, request: Int[Array, " s"]) -> Array | int:
+        """Tokens of these requests' completions at most."""
+        own = self.prompts.max_new_tokens
+        return self.budget if own is None else jnp.minimum(own[request], self.budget)
 
     @property
     def requests(self) -> int:
@@ -143,6 +166,11 @@ class Refill(NamedTuple):
     @property
     def width(self) -> int:
         return self.prompts.tokens.shape[1]
+
+    @property
+    def chunk(self) -> int:
+        """Columns that are prefilled at once."""
+        return min(self.plan.prefill_chunk or self.width, self.width)
 
     @property
     def groups(self) -> int:
@@ -154,6 +182,7 @@ def decode_with_refill(
     layout: Layout,
     sampling: Sampling,
     dtype: Any,
+    cache_dtype: Any,
     plan: RefillPlan,
     params: Params,
     prompts: Prompts,
@@ -164,7 +193,9 @@ def decode_with_refill(
     if rows % plan.group:
         raise ValueError(f"a data shard has {rows} requests, which are not whole groups of {plan.group}")
     plan = replace(plan, slots=min(plan.slots, rows))
-    r = Refill(model, layout, sampling, dtype, plan, params, prompts, key)
+    r = Refill(model, layout, sampling, dtype, cache_dtype, plan, params, prompts, key)
+    if r.width % r.chunk:
+        raise ValueError(f"prompts of {r.width} columns are not whole chunks of {r.chunk}")
     sizes = [plan.slots]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
@@ -208,8 +239,9 @@ def _start(r: Refill) -> Loop:
             open=jnp.zeros(entries, jnp.int32),
             valid=jnp.zeros((entries, r.width), bool),
             hidden=jnp.zeros((entries, width), r.dtype),
-            cache=_entry_cache(r, entries, r.width),
+            cache=entry_cache(r.model, r.layout, entries, r.width, r.cache_dtype, shared=r.plan.group > 1),
         ),
+        filling=Filling(jnp.zeros(r.plan.prefilled(r.groups), jnp.int32), jnp.int32(r.width)),
         written=Written(
             tokens=jnp.pad(r.prompts.tokens, ((0, 0), (0, r.budget))),
             logprobs=jnp.zeros(row, wide_dtype(r.dtype)),
@@ -229,7 +261,7 @@ def _busy(r: Refill, left: int, s: Loop) -> Array:
 def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
     """Free slots take requests; every slot samples a token and reads it."""
     if refills:
-        at_hand = jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), AtHand(s.prefilled, s.entries))
+        at_hand = _prefilled(r, AtHand(s.prefilled, s.entries, s.filling))
         s = _admitted(r, s._replace(**at_hand._asdict()))
     slots, cursor = s.slots, s.step % r.budget
     sample_id = r.prompts.sample_id[slots.request]
@@ -249,7 +281,7 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         lengths=w.lengths.at[at].set(slots.age + 1, mode="drop"),
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
-    done = slots.running & (ended | (slots.age + 1 >= r.budget))
+    done = slots.running & (ended | (slots.age + 1 >= r.budgets(slots.request)))
     hidden, ring = _read(r, s, token, cursor)
     after = Slots(
         request=slots.request,
@@ -279,19 +311,45 @@ def _per_entry(s: Loop, counted: Bool[Array, " s"]) -> Int[Array, " q"]:
     return jnp.sum(mine & counted[:, None], axis=0, dtype=jnp.int32)
 
 
+def _prefilled(r: Refill, s: AtHand) -> AtHand:
+    """Prompts into free entries, as many as there is room for; in chunks one chunk, or more where no slot is busy."""
+    if r.chunk == r.width:
+        return jax.lax.while_loop(partial(_can_prefill, r), partial(_prefill_next, r), s)
+
+    def goes_on(carry: tuple[AtHand, Array]) -> Array:
+        s, first = carry
+        return _can_prefill(r, s) & (first | ~jnp.any(s.entries.open > 0))
+
+    def chunk(carry: tuple[AtHand, Array]) -> tuple[AtHand, Array]:
+        return _prefill_next(r, carry[0]), jnp.bool_(False)
+
+    return jax.lax.while_loop(goes_on, chunk, (s, jnp.bool_(True)))[0]
+
+
 def _can_prefill(r: Refill, s: AtHand) -> Array:
     waiting = r.groups - s.prefilled
     return (waiting > 0) & (jnp.sum(s.entries.open == 0) >= jnp.minimum(waiting, r.plan.prefilled(r.groups)))
 
 
 def _prefill_next(r: Refill, s: AtHand) -> AtHand:
-    """The next prompts of the queue into free entries."""
+    """The next prompts of the queue into free entries, or the next chunk of them: entries open with the last one."""
     at = jnp.argsort(s.entries.open, stable=True)[: r.plan.prefilled(r.groups)].astype(jnp.int32)
     number = s.prefilled + jnp.arange(at.shape[0], dtype=jnp.int32)
     there = number < r.groups
     prompts = jax.tree.map(lambda x: x[jnp.where(there, number * r.plan.group, 0)], r.prompts)
-    hidden, cache = _prefill(r, s.entries.cache, prompts, at, there)
-    places = jnp.where(there, at, s.entries.open.shape[0])  # out of bounds: not written
+    settings = (r.model, r.layout, r.params, r.dtype, s.entries.cache, prompts)
+    filling, last = s.filling, there
+    if r.chunk == r.width:
+        hidden, cache = prefill(*settings, at, there, shared=r.plan.group > 1)
+    else:
+        begins = filling.column == r.width
+        at = jnp.where(begins, at, filling.at)
+        first = jnp.argmax(jnp.any(prompts.valid & there[:, None], axis=0)).astype(jnp.int32)  # none before is a token
+        start = jnp.where(begins, first // r.chunk * r.chunk, filling.column)
+        hidden, cache = prefill(*settings, at, there, shared=r.plan.group > 1, start=start, chunk=r.chunk)
+        filling = Filling(at, start + r.chunk)
+        last = there & (filling.column == r.width)
+    places = jnp.where(last, at, s.entries.open.shape[0])  # out of bounds: not written
 
     def put(old: Array, new: Array) -> Array:
         return old.at[places].set(new, mode="drop")
@@ -303,7 +361,7 @@ def _prefill_next(r: Refill, s: AtHand) -> AtHand:
         hidden=put(s.entries.hidden, hidden),
         cache=cache,
     )
-    return AtHand(s.prefilled + jnp.sum(there, dtype=jnp.int32), entries)
+    return AtHand(s.prefilled + jnp.sum(last, dtype=jnp.int32), entries, filling)
 
 
 def _admitted(r: Refill, s: Loop) -> Loop:
@@ -351,35 +409,6 @@ def _taken(of: Any, kept: Array) -> Any:
 
 def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
-
-
-def _entry_cache(r: Refill, entries: int, width: int) -> Any:
-    """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots."""
-    cache = empty_cache(r.model, r.layout, entries, width, r.cache_dtype)
-    if r.plan.group == 1:
-        return _stacks(r, cache)
-    turned = (x.swapaxes(1, 2) for x in cache)
-    return _stacks(r, Cache(*(r.layout.constrain(x, None, "kv_heads", None, None, None) for x in turned)))
-
-
-def _prefill(r: Refill, cache: Any, prompts: Prompts, at: Array, there: Array) -> tuple[Float[Array, "n d"], Any]:
-    """Prompts through the model into entries ``at``, those that are ``there``; what predicts their first tokens."""
-    c = r.model.config
-    segments, positions = prompts.valid.astype(jnp.int32), row_positions(prompts.valid)
-    seen = visibility(positions, positions, segments, segments, c.sliding_window)
-
-    def attend(q: Array, k: Array, v: Array, cache: Cache, layer: Array) -> tuple[Array, Cache]:
-        k, v = (replicate_kv(x, r.layout).swapaxes(1, 2) for x in (k, v))
-        out = attention(q, k, v, seen, c.attention_scale)
-        for i in range(at.shape[0]):
-            new, place = (k[i : i + 1], v[i : i + 1]), [at[i], 0, 0, 0]
-            if r.plan.group > 1:
-                new, place = (k[i][:, None], v[i][:, None]), [0, at[i], 0, 0]
-            cache = write_layer(cache, *new, layer, place, there[i])
-        return out, cache
-
-    hidden, cache = forward(r.model, r.layout, r.params, prompts.tokens, positions, attend, cache, dtype=r.dtype)
-    return hidden[:, -1], cache
 
 
 def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:

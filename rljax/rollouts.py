@@ -1,7 +1,6 @@
 """From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ from jaxtyping import PRNGKeyArray
 
 from rljax.data.batches import PromptBatch
 from rljax.data.tokenizer import Tokenizer
+from rljax.pieces import Times, Writer, Written, cut_pieces, joined, overlapped, write
 from rljax.rewards.base import Sample, Span
-from rljax.rewards.runner import RewardRunner, Scored
+from rljax.rewards.runner import RewardRunner, Scored, join_scored
 from rljax.sampler import Generate
 from rljax.session import Session
 from rljax.sharding import agree, agree_text, gather, owned_rows, to_global
@@ -27,7 +27,7 @@ PART_NAMES_CHARS = 4000
 
 
 class Completions(NamedTuple):
-    """One rollout program's result, on the devices and on every host, with what the rewards said."""
+    """The completions of a step, on the devices and on every host, with what the rewards said."""
 
     rollout: Rollout  # global arrays in the training layout
     host: Any  # the same Rollout as NumPy arrays
@@ -39,8 +39,7 @@ class Completions(NamedTuple):
     failures: int
     samples: dict[int, Sample]  # this process's rows by number
     answers: dict[int, str | None]
-    rollout_s: float
-    reward_s: float
+    times: Times
 
     @property
     def lengths(self) -> np.ndarray:
@@ -76,6 +75,7 @@ class Rival(NamedTuple):
 
     generate: Generate
     params: Any
+    group_size: int  # completions of a prompt, whoever writes them
 
 
 def complete(
@@ -89,41 +89,26 @@ def complete(
     version: int,
     model_reward: ModelReward | None = None,
     rival: Rival | None = None,
+    pieces: int = 1,
 ) -> Completions:
-    """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process."""
-    start = time.perf_counter()
+    """Complete every prompt and score what was written. ``prompts`` and ``rows`` are whole on every process.
+
+    In ``pieces`` the rewards of one overlap with the sampling of the next; the completions are the same.
+    """
     layout = session.train.rows
-
-    def write(generate: Generate, params: Any, prompts: PromptBatch) -> Rollout:
-        placed = Prompts(*(to_global(np.asarray(leaf), layout) for leaf in prompts))
-        return jax.block_until_ready(generate(params, placed, key, jnp.int32(version)))
-
-    if rival is None:
-        rollout = write(generate, params, prompts)
-        host = gather(rollout)
-    else:
-        theirs = prompts.sample_id > prompts.sample_id.max() // 2
-        halves = [jax.tree.map(lambda x, kept=kept: x[kept], prompts) for kept in (~theirs, theirs)]
-        written = (write(generate, params, halves[0]), write(*rival, halves[1]))
-        host = jax.tree.map(partial(_woven, theirs), *(gather(half) for half in written))
-        rollout = jax.tree.map(lambda x: to_global(x, layout), host)
-    middle = time.perf_counter()
-    mine = np.flatnonzero(owned_rows(layout, len(rows), jax.process_index()) & host.valid.any(axis=1))
-    samples = {i: _sample(session, host, rows[i], i) for i in mine.tolist()}
-    values = np.zeros((3, len(rows)))
-    values[1, mine] = -1
-    parts: dict[str, np.ndarray] = {}
-    answers: dict[int, str | None] = dict.fromkeys(samples)
-    if runner is not None:
-        scored = runner.score(list(samples.values()))
-        values[0, mine] = scored.values
-        values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
-        np.add.at(values[2], mine[[f.index for f in scored.failures]], 1)
-        parts = _parts(runner, scored, mine, len(rows))
-        answers = dict(zip(samples, scored.answers, strict=True))
-    spans = {} if runner is None else dict(zip(samples, scored.spans, strict=True))
-    dense = _dense_rewards(session, host, spans)
-    values = _owners(values)
+    owned = owned_rows(layout, len(rows), jax.process_index())
+    theirs = np.zeros(len(rows), bool)
+    if rival is not None:
+        theirs = np.arange(len(rows)) % rival.group_size > (rival.group_size - 1) // 2
+    writers = [Writer(generate, params, ~theirs)]
+    writers += [] if rival is None else [Writer(rival.generate, rival.params, theirs)]
+    written, reads, times = overlapped(
+        partial(write, writers, Prompts._make(prompts), key, jnp.int32(version), layout),
+        partial(_read, session, rows, owned, runner),
+        cut_pieces(len(rows), pieces, max(session.train.data_shards, session.decode.data_shards)),
+    )
+    rollout, host = joined(written, layout)
+    values, parts, answers, dense = _judged(session, host, runner, reads)
     if session.config.reward.discard_failed and values[2].any():
         host = host._replace(loss_mask=host.loss_mask & (values[2] == 0)[:, None])
         rollout = rollout._replace(loss_mask=to_global(host.loss_mask, layout))
@@ -142,11 +127,58 @@ def complete(
         parts=parts,
         dense=dense,
         failures=int(values[2].sum()),
-        samples=samples,
+        samples=dict(sorted((i, sample) for read in reads for i, sample in read.samples.items())),
         answers=answers,
-        rollout_s=middle - start,
-        reward_s=time.perf_counter() - middle,
+        times=times,
     )
+
+
+class _Read(NamedTuple):
+    """What this process made of a piece: its rows by number, and what the rewards say of them in that order."""
+
+    samples: dict[int, Sample]
+    scored: Scored | None
+
+
+def _read(
+    session: Session, rows: Sequence[Row], owned: np.ndarray, runner: RewardRunner | None, written: list[Written]
+) -> _Read:
+    found = {
+        int(i): _sample(session, rows[i], jax.tree.map(lambda x, k=k: x[k], each.host))
+        for each in written
+        for k, i in enumerate(each.rows)
+        if owned[i] and each.host.valid[k].any()
+    }
+    samples = dict(sorted(found.items()))
+    return _Read(samples, None if runner is None else runner.score(list(samples.values())))
+
+
+class _Judged(NamedTuple):
+    """What the rewards say of a step's rows, agreed by all processes; ``answers`` of this process's rows."""
+
+    values: np.ndarray  # [3, b]: the reward, ``correct``, failures
+    parts: dict[str, np.ndarray]
+    answers: dict[int, str | None]
+    dense: np.ndarray | None
+
+
+def _judged(session: Session, host: Any, runner: RewardRunner | None, reads: Sequence[_Read]) -> _Judged:
+    numbers = [i for read in reads for i in read.samples]
+    mine, values = np.asarray(numbers, int), np.zeros((3, len(host.tokens)))
+    values[1, mine] = -1
+    parts: dict[str, np.ndarray] = {}
+    answers: dict[int, str | None] = dict.fromkeys(numbers)
+    spans: dict[int, tuple[Span, ...]] = {}
+    if runner is not None:
+        scored = join_scored([read.scored for read in reads if read.scored is not None])
+        values[0, mine] = scored.values
+        values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
+        np.add.at(values[2], mine[[f.index for f in scored.failures]], 1)
+        parts = _parts(runner, scored, mine, len(host.tokens))
+        answers = dict(zip(numbers, scored.answers, strict=True))
+        spans = dict(zip(numbers, scored.spans, strict=True))
+    dense = _dense_rewards(session, host, spans)
+    return _Judged(_owners(values), parts, answers, dense)
 
 
 def _dense_rewards(session: Session, host: Any, spans: dict[int, tuple[Span, ...]]) -> np.ndarray | None:
@@ -192,22 +224,17 @@ def _parts(runner: RewardRunner, scored: Scored, mine: np.ndarray, rows: int) ->
     return found
 
 
-def _woven(theirs: np.ndarray, ours: np.ndarray, others: np.ndarray) -> np.ndarray:
-    rows = np.empty((len(theirs), *ours.shape[1:]), ours.dtype)
-    rows[~theirs], rows[theirs] = ours, others
-    return rows
-
-
-def _sample(session: Session, host: Any, row: Row, i: int) -> Sample:
-    prompt = host.tokens[i][host.valid[i] & ~host.loss_mask[i]]
-    completion = host.tokens[i][host.loss_mask[i]]
+def _sample(session: Session, row: Row, written: Any) -> Sample:
+    """One row of a rollout as text."""
+    prompt = written.tokens[written.valid & ~written.loss_mask]
+    completion = written.tokens[written.loss_mask]
     return Sample(
         prompt=session.tokenizer.decode(prompt),
         completion=session.tokenizer.decode(completion),
         messages=row.get("messages"),
         token_ids=completion.tolist(),
-        finished=bool(host.finish_reason[i] == FINISH_END),
-        group_id=int(host.group_id[i]),
+        finished=bool(written.finish_reason == FINISH_END),
+        group_id=int(written.group_id),
         row=row,
     )
 

@@ -13,7 +13,8 @@ from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import cached_attend, visibility
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
 from rljax.models.layers import wide_dtype
-from rljax.models.params import param_shardings
+from rljax.models.params import param_shardings, quantized, quantized_shardings
+from rljax.models.quantized import cast
 from rljax.refill import RefillPlan, decode_with_refill, step_counts
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import FINISH_END, FINISH_LENGTH, Prompts, Rollout
@@ -44,6 +45,8 @@ def make_generate(
     dtype: Any,
     refill: RefillPlan | None = None,
     mixture: float | None = None,
+    weights_dtype: str = "compute",
+    cache_dtype: str = "compute",
 ) -> Generate:
     """``generate(params, prompts, key, step_version) -> Rollout``, compiled once for each shape of ``prompts``.
 
@@ -54,22 +57,29 @@ def make_generate(
     ``decode``'s mesh, another factorisation of the same devices. Data shards decode on their own, each until its last
     row has ended; rows come back in the training layout. ``key`` is folded with each row's prompt_id and sample_id.
     With ``mixture`` m in (0, 1), parameters are a pair and tokens come from ``π_1^{1-m} π_2^m``, renormalised.
+    ``weights_dtype`` int8 rounds the layers' weights, once, with a scale an output channel; ``cache_dtype`` int8 keys
+    and values, with a scale for each token's every head. Log-probs are those of what sampled: of the rounded policy.
     """
     rows = PartitionSpec(BATCH_AXES)
     shares = (1.0,) if mixture is None else (1 - mixture, mixture)
-    decode_shardings = param_shardings(model, decode)
+    places = (quantized_shardings if weights_dtype == "int8" else param_shardings)(model, decode)
 
     def laid_out(params: Params) -> Params:
-        weights = jax.tree.map(lambda x: x.astype(dtype), params)
-        weights = jax.lax.with_sharding_constraint(weights, decode_shardings)
+        # Rounded before they travel to the decode mesh.
+        weights = cast(quantized(model, params) if weights_dtype == "int8" else params, dtype)
+        weights = jax.lax.with_sharding_constraint(weights, places)
         return {**weights, "layers": by_layer(weights["layers"])} if decode.on_cpu else weights
 
     def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:
         weights: Any = tuple(laid_out(tree) for tree in (params if mixture is not None else (params,)))
         prompts = jax.lax.with_sharding_constraint(prompts, decode.rows)
-        decode_rows = partial(decode_batch, model, decode, sampling, dtype, shares)
+        held = jnp.int8 if cache_dtype == "int8" else dtype
+        decode_rows = partial(decode_batch, model, decode, sampling, dtype, held, shares)
         if refill is not None and mixture is None:
-            weights, decode_rows = weights[0], partial(decode_with_refill, model, decode, sampling, dtype, refill)
+            if decode.on_cpu and held == dtype:
+                held = wide_dtype(dtype)  # no batched product of bfloat16: each step would convert it all
+            weights = weights[0]
+            decode_rows = partial(decode_with_refill, model, decode, sampling, dtype, held, refill)
         shard = jax.shard_map(
             decode_rows,
             mesh=decode.mesh,
@@ -103,6 +113,7 @@ def decode_batch(
     layout: Layout,
     sampling: Sampling,
     dtype: Any,
+    cache_dtype: Any,
     shares: tuple[float, ...],
     params: tuple[Params, ...],
     prompts: Prompts,
@@ -118,6 +129,7 @@ def decode_batch(
     lengths = jnp.sum(segments, axis=-1)
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
     greedy = prompts.sample_id < sampling.greedy_samples if sampling.greedy_samples else None
+    budgets = budget if prompts.max_new_tokens is None else prompts.max_new_tokens
 
     def run(tokens: Array, positions: Array, attend: Any, caches: tuple) -> tuple[tuple[Array, ...], tuple]:
         """Every model's last hidden state and its cache."""
@@ -128,7 +140,7 @@ def decode_batch(
         return tuple(hidden[:, -1] for hidden, _ in found), tuple(cache for _, cache in found)
 
     def new_cache() -> Any:
-        cache = empty_cache(model, layout, b, p + budget, dtype)
+        cache = empty_cache(model, layout, b, p + budget, cache_dtype)
         return by_layer(cache) if layout.on_cpu else cache
 
     caches = tuple(new_cache() for _ in shares)
@@ -161,7 +173,7 @@ def decode_batch(
             logprobs=write(s.logprobs, logprob, 0.0),
             support=write(s.support, support, -jnp.inf),
             sampled=write(s.sampled, s.running, False),
-            running=s.running & ~ended,
+            running=s.running & ~ended & (s.step + 1 < budgets),
             finished=s.finished | (s.running & ended),
             hidden=hidden,
             caches=caches,

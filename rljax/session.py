@@ -75,6 +75,7 @@ class Session:
             remat=self.config.model.remat,
             logits_chunk=self.config.model.logits_chunk,
             temperature=sampling.scoring_temperature if sampling else 1.0,
+            attention=self.config.model.attention,
             truncates=sampling.truncates if sampling else False,
         )
 
@@ -114,7 +115,13 @@ class Session:
         """How ``rows`` requests in groups are worked off."""
         r = stage.rollout
         return plan_refill(
-            self.decode, rows, group, slots=r.slots, loops=r.shrink_stages, uniform_steps=r.uniform_steps
+            self.decode,
+            rows,
+            group,
+            slots=r.slots,
+            loops=r.shrink_stages,
+            prefill_chunk=r.prefill_chunk,
+            uniform_steps=r.uniform_steps,
         )
 
     def check_weights(self) -> None:
@@ -155,9 +162,11 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
     model = _model(config, tokenizer)
     for layout in (train, decode):
         check_tensor_degree(model.config, layout.tensor)
+    _check_attention(config, train)
     for name in config.recipe:
         _check_rows(config.stage(name), train, decode, config.key_of(name))
         _check_length(config.stage(name), model, config.key_of(name))
+        _check_offload(config.stage(name), train, config.key_of(name))
     folder = epath.Path(config.output_dir or f"runs/{config.name}")
     return Session(config, model.padded_for(train.tensor, decode.tensor), tokenizer, train, decode, folder)
 
@@ -195,6 +204,26 @@ def _model(config: Config, tokenizer: Tokenizer) -> Model:
     return model
 
 
+def _check_attention(config: Config, layout: Layout) -> None:
+    """A kernel that is asked for by name has to run on the devices."""
+    asked, kind = config.model.attention, layout.mesh.devices.flat[0].device_kind
+    if (asked == "flash" and not layout.on_tpu) or (asked == "cudnn" and not layout.on_nvidia):
+        needs = {"flash": "a TPU", "cudnn": "an NVIDIA GPU"}[asked]
+        raise ConfigError(
+            f"config.model.attention is {asked!r}, which needs {needs}, and the mesh has {kind}; set auto"
+        )
+    if asked == "cudnn" and config.compute_dtype != "bfloat16":
+        raise ConfigError(
+            "config.model.attention is 'cudnn', which computes in bfloat16; set compute_dtype to it, or auto"
+        )
+
+
+def _check_offload(stage: StageConfig, layout: Layout, where: str) -> None:
+    for key in ("offload_optimizer", "offload_reference"):
+        if vars(stage)[key] and layout.on_cpu:
+            raise ConfigError(f"{where}.{key} saves nothing where there is no accelerator; switch it off")
+
+
 def _check_length(stage: StageConfig, model: Model, where: str) -> None:
     """Rows must fit the positions that the model knows."""
     if stage.is_online:
@@ -213,10 +242,12 @@ def _check_rows(stage: StageConfig, train: Layout, decode: Layout, where: str) -
     """Rows must divide over data shards, and groups must not span them."""
     shards = max(train.data_shards, decode.data_shards)
     rows, unit = stage.rows_per_step, stage.algorithm().unit
-    if stage.is_online and stage.rollout.prompts_per_step % shards:
+    r = stage.rollout
+    if stage.is_online and r.prompts_per_step % (shards * r.pieces):
+        times = f" times rollout.pieces {r.pieces}" if r.pieces > 1 else ""
         raise MeshError(
-            f"{where}.rollout.prompts_per_step {stage.rollout.prompts_per_step} is not a multiple of the mesh's "
-            f"{shards} data shards"
+            f"{where}.rollout.prompts_per_step {r.prompts_per_step} is not a multiple of the mesh's "
+            f"{shards} data shards{times}"
         )
     micro = stage.batch.micro_batch_rows or rows // stage.batch.minibatches
     if micro % (train.data_shards * unit):

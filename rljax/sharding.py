@@ -35,6 +35,9 @@ TRAIN_RULES: Rules = (*_SHARED_RULES, ("embed", "fsdp"))
 DECODE_RULES: Rules = _SHARED_RULES
 
 
+HOST_MEMORY = "pinned_host"
+
+
 class MeshError(ValueError):
     """A mesh string that the devices or the model do not allow."""
 
@@ -53,6 +56,10 @@ class Layout:
     @property
     def on_cpu(self) -> bool:
         return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
+    def on_nvidia(self) -> bool:
+        return "NVIDIA" in self.mesh.devices.flat[0].device_kind
 
     @property
     def on_tpu(self) -> bool:
@@ -94,6 +101,16 @@ class Layout:
     def _degree(self, entry: MeshAxes) -> int:
         names = (entry,) if isinstance(entry, str) else entry or ()
         return math.prod(self.mesh.shape[name] for name in names)
+
+
+def in_host_memory(shardings: Any) -> Any:
+    """The same places in the memory of the hosts."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST_MEMORY), shardings)
+
+
+def fetched(tree: Any) -> Any:
+    """Inside a compiled program: what lies in the hosts' memory, on the devices."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def _without(entry: MeshAxes, manual: frozenset[str]) -> MeshAxes:

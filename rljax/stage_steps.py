@@ -53,10 +53,8 @@ def collect_step(stage: Stage, state: TrainState, position: DataPosition, step: 
     metrics |= {
         "tokens": tokens,
         "train/skipped": 0.0,
-        "time/rollout_s": done.rollout_s,
-        "time/reward_s": done.reward_s,
+        **_sampling_times(done),
         "time/step_s": seconds,
-        "speed/rollout_tokens_per_s": float(done.lengths.sum()) / done.rollout_s,
         "speed/tokens_per_s": tokens / seconds,
     }
     return StepResult(state, position, metrics, done)
@@ -81,15 +79,20 @@ def online_step(stage: Stage, state: TrainState, position: DataPosition, step: i
     metrics |= score_metrics | update_metrics
     metrics |= {
         "tokens": tokens,
-        "time/rollout_s": done.rollout_s,
-        "time/reward_s": done.reward_s,
+        **_sampling_times(done),
         "time/score_s": scored - middle,
         "time/update_s": end - scored,
         "time/step_s": end - start,
-        "speed/rollout_tokens_per_s": float(done.lengths.sum()) / done.rollout_s,
         "speed/tokens_per_s": tokens / (end - start),
     }
     return StepResult(state, position, metrics, done)
+
+
+def _sampling_times(done: Completions) -> dict[str, float]:
+    return {
+        **{f"time/{name}_s": seconds for name, seconds in done.times._asdict().items()},
+        "speed/rollout_tokens_per_s": float(done.lengths.sum()) / done.times.rollout,
+    }
 
 
 def score(

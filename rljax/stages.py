@@ -20,7 +20,7 @@ from rljax.reference import CachedLogprobs
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
 from rljax.session import Session
-from rljax.sharding import to_global
+from rljax.sharding import in_host_memory, to_global
 from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
 
 # Frozen policies: what an algorithm needs of each.
@@ -90,11 +90,16 @@ class Stage:
     def shardings(self) -> dict[str, Any]:
         return {tree: param_shardings(model, self.session.train) for tree, model in self.trees.items()}
 
+    def moment_shardings(self) -> dict[str, Any]:
+        """Where the optimizer keeps what it knows of each parameter."""
+        places = self.shardings()
+        return in_host_memory(places) if self.config.offload_optimizer else places
+
     def start(self, params: dict[str, Params]) -> TrainState:
         """A state at optimizer step 0 that takes over ``params``, by tree: they are donated later on."""
         if self.online and self.config.rollout.lag:
             self.past = [self._snapshot(params["policy"], 0)] * self.config.rollout.lag
-        return init_state(params, self.shardings(), self.optimizer, self.algorithm.init(), self.session.train)
+        return init_state(params, self.moment_shardings(), self.optimizer, self.algorithm.init(), self.session.train)
 
     # -- policies that sample
 
@@ -126,6 +131,8 @@ class Stage:
     def freeze(self, name: str, params: Params) -> None:
         """Keep a copy of ``params`` as the frozen model ``name``, in the compute dtype."""
         shardings = param_shardings(self.forwards[name].model, self.session.train)
+        if name == "reference" and self.config.offload_reference:
+            shardings = in_host_memory(shardings)
         self.frozen[name] = copy_params(params, shardings, self.frozen_dtype(name))
 
     def freeze_reference(self, params: Params) -> None:
@@ -184,7 +191,7 @@ class Stage:
         params = {tree: session.abstract_tree(model) for tree, model in self.trees.items()}
         opt_state = jax.eval_shape(self.optimizer.init, params)
         everywhere = session.train.replicated
-        placed = jax.tree.map(_placed, opt_state, state_shardings(opt_state, self.shardings(), everywhere))
+        placed = jax.tree.map(_placed, opt_state, state_shardings(opt_state, self.moment_shardings(), everywhere))
         step, algo_state = jax.eval_shape(lambda: (jnp.int32(0), self.algorithm.init()))
         small = jax.tree.map(lambda x: _placed(x, everywhere), (step, algo_state))
         saved: dict[str, Any] = {"train": TrainState(small[0], params, placed, small[1])}
@@ -215,7 +222,9 @@ class Stage:
         pieces = max(scored_rows // micro_rows, 1)
         bin_length = batch.row_length if batch.pack else None
         if kind.startswith("score_"):
-            return make_score(self.forwards[kind.removeprefix("score_")], head_from, pieces, bin_length)
+            from_host = kind == "score_reference" and self.config.offload_reference
+            forward = self.forwards[kind.removeprefix("score_")]
+            return make_score(forward, head_from, pieces, bin_length, from_host=from_host)
         if kind == "values":
             return make_value(self.forwards["critic"], pieces, bin_length)
         if kind == "reward":
@@ -252,13 +261,16 @@ def build_stage(
     sampling = session.sampling(config) if algorithm.targets is not None else None
     mixture = algorithm.rival_mixture
     writers = 2 if mixture else 1  # each is called with its own share of a prompt's completions
+    rows_a_call = config.rollout_rows // config.rollout.pieces // writers
     generate = partial(
         make_generate,
         session.model,
         session.train,
         session.decode,
         dtype=session.dtype,
-        refill=session.refill(config, config.rollout_rows // writers, config.rollout.group_size // writers),
+        refill=session.refill(config, rows_a_call, config.rollout.group_size // writers),
+        weights_dtype=config.rollout.weights_dtype,
+        cache_dtype=config.rollout.cache_dtype,
     )
     models = frozen_models(session, config, algorithm) | trained_models(session, config, algorithm)
     return Stage(

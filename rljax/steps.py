@@ -18,7 +18,7 @@ from rljax.losses.masked import count_sequences, count_tokens, masked_sum
 from rljax.models.decoder import Params
 from rljax.optim import state_shardings, tree_norms, update_ratios
 from rljax.packing import make_packing, pack, take_packed
-from rljax.sharding import Layout
+from rljax.sharding import HOST_MEMORY, Layout, fetched
 from rljax.types import Outputs, PyTree, Term
 
 
@@ -68,10 +68,20 @@ class Update(NamedTuple):
     forwards: Mapping[str, Forward]  # by tree
     optimizer: optax.GradientTransformation
     plan: UpdatePlan
+    places: PyTree  # shardings of the optimizer's state
 
     @property
     def layout(self) -> Layout:
         return next(iter(self.forwards.values())).layout
+
+    def fetched(self, opt_state: PyTree) -> PyTree:
+        """The optimizer's state where it is computed with: some of it may wait in the hosts' memory."""
+        return jax.tree.map(lambda x, at: fetched(x) if at.memory_kind == HOST_MEMORY else x, opt_state, self.places)
+
+    def put_away(self, opt_state: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda x, at: jax.device_put(x, at) if at.memory_kind == HOST_MEMORY else x, opt_state, self.places
+        )
 
 
 def make_update(
@@ -87,7 +97,7 @@ def make_update(
     step whose loss or gradient is not finite leaves the state as it was and is counted in ``skipped``. The state is
     donated: what shares its buffers is gone afterwards.
     """
-    u = Update(algorithm, forwards, optimizer, plan)
+    u = Update(algorithm, forwards, optimizer, plan, state_sharding.opt_state)
 
     def update(
         state: TrainState, batch: Batch, key: PRNGKeyArray, text: Batch | None = None
@@ -131,11 +141,13 @@ def _optimizer_step(
         gradients = {**gradients, "policy": jax.tree.map(jnp.add, gradients["policy"], more)}
         sums = {**sums, "loss": sums["loss"] + u.plan.text_coef * nll, "text_nll": nll}
 
+    state = state._replace(opt_state=u.fetched(state.opt_state))
     updates, opt_state = u.optimizer.update(gradients, state.opt_state, state.params)
     norms, ratios = tree_norms(gradients), update_ratios(updates, state.params)
     finite = jnp.isfinite(sums["loss"]) & jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
     stepped = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, algo_state)
     state = jax.tree.map(partial(jnp.where, finite), stepped, state)
+    state = state._replace(opt_state=u.put_away(state.opt_state))
     metrics = {
         **sums,
         **peaks,

@@ -29,6 +29,7 @@ class Prompts(NamedTuple):
     valid: Bool[Array, "b p"]
     prompt_id: Int[Array, " b"]  # which prompt of the data set
     sample_id: Int[Array, " b"]  # which of the group's samples
+    max_new_tokens: Int[Array, " b"] | None = None  # each row's own budget, 1 or more; None: the sampler's for all
 
 
 class Rollout(NamedTuple):

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from rljax.data.tokenizer import character_tokenizer
 from rljax.models import FAMILIES
 from rljax.models.decoder import Model
 from rljax.session import Session
-from rljax.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, parse_mesh, refactor_mesh
+from rljax.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, in_host_memory, parse_mesh, refactor_mesh
 from rljax.stages import Stage, build_stage
 from rljax.types import Experience, Prompts
 
@@ -35,6 +36,7 @@ MODELS = {
 SHARED = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6}
 SHARED |= {"rope_theta": 1e6, "max_position_embeddings": 40960, "initializer_range": 0.02, "attention_bias": False}
 PROGRAMS = ("rollout", "score", "update")
+OFFLOADED = "qwen3-0.6b"  # compiled once more with moments and reference in the hosts' memory
 PROMPT, COMPLETION, PROMPTS, GROUP, CHUNK = 256, 512, 32, 8, 256
 # Training and decode mesh of each pair: decode cuts the devices so that weights, cache and training state fit.
 MESHES = {
@@ -86,12 +88,20 @@ def placed(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def compile_programs(stage: Stage) -> dict[str, Any]:
+def offloading(stage: Stage) -> Stage:
+    """The same with moments and reference in the hosts' memory."""
+    config = replace(stage.session.config, offload_optimizer=True, offload_reference=True)
+    return build_stage(replace(stage.session, config=config), config, 0, None, None)  # type: ignore[arg-type]
+
+
+def compile_programs(stage: Stage, names: tuple[str, ...] = PROGRAMS) -> dict[str, Any]:
     """Rollout, scoring and update, each fed with the shapes that the one before gives."""
     session = stage.session
     rows, whole = session.train.rows, session.train.replicated
     state = stage.abstract_saved()["train"]
     reference = session.abstract_policy(stage.frozen_dtype("reference"))
+    if stage.config.offload_reference:
+        reference = jax.tree.map(lambda x: x.update(sharding=in_host_memory(x.sharding)), reference)
     shape = (PROMPTS * GROUP, PROMPT)
     ids = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     prompts = Prompts(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool), ids, ids)
@@ -110,9 +120,9 @@ def compile_programs(stage: Stage) -> dict[str, Any]:
     batch = placed(jax.eval_shape(stage.program("targets", PROMPT), state.algo_state, experience)[1], rows)
     lowered["update"] = stage.program("update", PROMPT, state).lower(state, batch, key)
     compiled = {}
-    for name, program in lowered.items():
+    for name in names:
         start = time.perf_counter()
-        compiled[name] = (program.compile(), time.perf_counter() - start)
+        compiled[name] = (lowered[name].compile(), time.perf_counter() - start)
     return compiled
 
 
@@ -190,6 +200,13 @@ def logits_buffers(text: str, stage: Stage) -> list[str]:
     return [str(shape) for shape, size in others.items() if size >= COMPLETION and size not in tables]
 
 
+def bytes_of(compiled: Any) -> int:
+    """What a program takes of a chip, its arguments among it."""
+    memory = compiled.memory_analysis()
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
 def main(topology: str, name: str) -> None:
     stage = open_stage(topology, name)
     session = stage.session
@@ -204,10 +221,11 @@ def main(topology: str, name: str) -> None:
     }
     for program, (compiled, seconds) in compile_programs(stage).items():
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        own += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         record = {"topology": topology, "model": name, "program": program, "chips": session.train.mesh.size}
-        record |= {"gib": (own + beside[program]) / 2**30, "temporaries_gib": memory.temp_size_in_bytes / 2**30}
+        record |= {
+            "gib": (bytes_of(compiled) + beside[program]) / 2**30,
+            "temporaries_gib": memory.temp_size_in_bytes / 2**30,
+        }
         record |= {"compile_seconds": seconds, "largest": largest_buffers(text)}
         if program == "rollout":
             count, crossing = crossing_collectives(text, session.decode.tensor)
@@ -216,7 +234,16 @@ def main(topology: str, name: str) -> None:
             record |= {"loop_collectives": count, "crossing": rest, "uniform_steps": len(crossing) - len(rest)}
         else:
             record["logits"] = logits_buffers(text, stage)
+            record["kernels"] = text.count('custom_call_target="tpu_custom_call"')
         print(json.dumps(record), flush=True)
+    if name == OFFLOADED:
+        for program, (compiled, seconds) in compile_programs(offloading(stage), ("score", "update")).items():
+            host = compiled.memory_analysis().host_argument_size_in_bytes
+            record = {"topology": topology, "model": name, "program": f"offloading {program}"}
+            # Its own arguments and what stays on the chip beside them.
+            policy = held["policy"] * (program == "score")
+            record |= {"gib": (bytes_of(compiled) + policy) / 2**30, "host_gib": host / 2**30}
+            print(json.dumps(record | {"compile_seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

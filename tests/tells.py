@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+import rljax.collect
 import rljax.main
-import rljax.stages
 from rljax.run import Run
 
 
-def complete(*args: Any) -> Any:
-    done = true_complete(*args)
+def complete(*args: Any, **kwargs: Any) -> Any:
+    done = true_complete(*args, **kwargs)
     print(json.dumps({"rewards": done.rewards.tolist(), "mine": sorted(done.samples)}), flush=True)
     return done
 
@@ -32,8 +32,8 @@ def finish(run: Run) -> None:
     true_finish(run)
 
 
-true_complete, true_finish = rljax.stages.complete, rljax.main.finish
-rljax.stages.complete, rljax.main.finish = complete, finish
+true_complete, true_finish = rljax.collect.complete, rljax.main.finish
+rljax.collect.complete, rljax.main.finish = complete, finish
 
 if __name__ == "__main__":
     sys.exit(rljax.main.main())

@@ -139,6 +139,8 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.rollout.max_rounds=3"], "config.rollout.max_rounds does nothing while keep_groups is 'all'"),
         (["--config.reward.names="], "config.reward.names is empty; name a reward"),
         (["--config.algo.kl_in=reward", "--config.rollout.top_p=0.9"], "or set config.algo.kl_of_truncated"),
+        (["--config.rollout.prefill_chunk=3"], "config.rollout.prefill_chunk 3 does not divide the 8 of"),
+        (["--config.rollout.cache_dtype=int8"], "config.rollout.cache_dtype is int8, so another policy samples"),
         (["--config.algo.surrogate=gspo"], "set aggregation to 'sequence_mean_token_mean'"),
         (["--config.guide_from=warm_start"], "config.guide_from does nothing: no algorithm of the recipe reads it"),
         (["--config.reward.weights=1,2"], "config.stages.warm_start.reward: 1 names and 2 weights"),

@@ -82,11 +82,61 @@ def test_refill_gives_what_the_fixed_batch_gives(group: int, slots: int, loops: 
     assert (mine.finish_reason == FINISH_LENGTH).any()
 
 
+@pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), pytest.param(1, 3, 3, marks=pytest.mark.slow)])
+def test_prompts_may_be_prefilled_in_chunks(group: int, slots: int, chunk: int) -> None:
+    """The same to 1e-12 in float64, under a window that ends inside a chunk, with prompts of no tokens among them."""
+    with jax.enable_x64(True):
+        model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=4, initializer_range=0.1)
+        settings: dict[str, Any] = {"dtype": jnp.float64, "model": model}
+        prompts = requests(group, (2,))
+        whole = rollout(RefillPlan(group=group, slots=slots), prompts, **settings)
+        chunked = rollout(RefillPlan(group=group, slots=slots, prefill_chunk=chunk), prompts, **settings)
+        same(chunked, whole, atol=1e-12)
+
+
+def test_a_chunk_holds_up_no_slot_and_bounds_what_a_prompt_takes() -> None:
+    """A prompt of 128 tokens in chunks of 16: the first is read at once, the second while the first's answers run."""
+    model = tiny_model("llama", vocab_size=9, num_hidden_layers=2, max_position_embeddings=160, initializer_range=0.1)
+    prompts = make_prompts([[i % 9] * 128 for i in range(2) for _ in range(4)], 128, sample_id=[0, 1, 2, 3] * 2)
+    prompts = prompts._replace(prompt_id=prompts.prompt_id // 4)
+    params, taken, found = init_params(model, layout(), 0), [], []
+    for chunk in (0, 16):
+        plan = RefillPlan(group=4, slots=4, loops=1, prefill_chunk=chunk)
+        compiled = program(model, "1,1,1", plan, end_ids=()).lower(params, prompts, jax.random.key(1), np.int32(0))
+        compiled = compiled.compile()
+        taken.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(jax.device_get(compiled(params, prompts, jax.random.key(1), np.int32(0))))
+    same(found[1], found[0])
+    # 8 chunks of the second prompt go between the 9 steps of the first.
+    assert set(found[1].decode_steps.tolist()) == set(found[0].decode_steps.tolist()) == {2 * BUDGET}
+    scores = model.config.num_heads * 4
+    assert taken[0] - taken[1] > scores * 128 * (128 - 16)
+
+
+def test_prompts_that_are_no_whole_chunks_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 columns are not whole chunks of 4"):
+        rollout(RefillPlan(group=4, slots=4, prefill_chunk=4), requests(4))
+
+
 def test_prompts_without_tokens_take_no_slot() -> None:
     empty = (0, 3, 7)
     mine = rollout(RefillPlan(group=4, slots=5), requests(4, empty))
     same(mine, plain(4, empty))
     assert not mine.loss_mask.reshape(PROMPTS, -1)[list(empty)].any()
+
+
+@pytest.mark.parametrize("plan", [None, RefillPlan(group=4, slots=5)])
+def test_a_request_may_have_a_budget_of_its_own(plan: RefillPlan | None) -> None:
+    """Its completion is that of the whole budget, cut off; one that ended before is as it was."""
+    budgets = np.tile(np.arange(1, BUDGET + 3, dtype=np.int32), PROMPTS * 4)[: PROMPTS * 4]
+    mine = rollout(plan, requests(4)._replace(max_new_tokens=budgets))
+    whole = plain(4)
+    mask = whole.loss_mask & (np.arange(WIDTH + BUDGET) < WIDTH + budgets[:, None])
+    assert mask.sum() < whole.loss_mask.sum()
+    np.testing.assert_array_equal(mine.loss_mask, mask)
+    np.testing.assert_array_equal(mine.tokens[mask], whole.tokens[mask])
+    cut = (whole.loss_mask & ~mask).any(axis=1)
+    np.testing.assert_array_equal(mine.finish_reason, np.where(cut, FINISH_LENGTH, whole.finish_reason))
 
 
 def test_steps_and_slots_are_counted() -> None:
@@ -122,7 +172,7 @@ def test_memory_does_not_depend_on_the_number_of_requests() -> None:
     params = init_params(model, layout(), 0)
     generate = program(model, "1,1,1", RefillPlan(group=4, slots=8))
     once = requests(4)
-    twice = Prompts(*(np.concatenate([x, x]) for x in once))
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), once)
     temporary = [
         generate.lower(params, prompts, jax.random.key(1), np.int32(0)).compile().memory_analysis().temp_size_in_bytes
         for prompts in (once, twice)
@@ -141,6 +191,6 @@ def test_the_plan_of_a_device() -> None:
     place = layout("1,2,1")
     assert plan_refill(place, 64, 4, slots=0) is None
     assert plan_refill(place, 64, 4) == RefillPlan(group=4, slots=min(CPU_SLOTS, 32), loops=2, uniform_steps=False)
-    assert plan_refill(place, 64, 4, slots=5, loops=1, uniform_steps="always") == RefillPlan(
-        group=4, slots=5, loops=1, uniform_steps=True
+    assert plan_refill(place, 64, 4, slots=5, loops=1, prefill_chunk=8, uniform_steps="always") == RefillPlan(
+        group=4, slots=5, loops=1, prefill_chunk=8, uniform_steps=True
     )

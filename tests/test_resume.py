@@ -21,8 +21,10 @@ from rljax.trainer import train
 from tests.saved_states import flip_a_bit, largest_file
 from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
 
-# State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch.
+# State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch;
+# rollouts in pieces.
 EVERYTHING = {
+    "rollout.pieces": 2,
     "algo.advantage_std": "running",
     "reference_ema": 0.9,
     "data.train_rows": 40,

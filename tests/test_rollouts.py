@@ -1,15 +1,18 @@
 """From texts to rewards: sentences' scores on tokens, samples that train nothing, a reward model beside a verifier."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rljax.data.batches import DataPosition, repeat_prompts
+from rljax.pieces import Written, cut_pieces, overlapped
 from rljax.rewards.base import Score, Span
 from rljax.rewards.runner import RewardRunner
-from rljax.rollouts import Completions, ModelReward, complete
+from rljax.rollouts import Completions, ModelReward, Rival, complete
 from rljax.session import ROLLOUT_KEY
 from rljax.setup import make_source
 from rljax.types import FINISH_END, Prompts, Rollout
@@ -18,9 +21,16 @@ from tests.truths import tiny_session
 ONE, TWO, END = 4, 5, 2  # "1", "2" and the end token
 
 
-def completed(reward: Callable[..., Any], model: ModelReward | None = None, **overrides: Any) -> Completions:
-    """Four prompts, each completed with "1" and "12" and the end token, judged by ``reward``."""
-    session = tiny_session(**overrides)
+def completed(
+    reward: Callable[..., Any],
+    model: ModelReward | None = None,
+    mesh: str = "1,1,1",
+    pieces: int = 1,
+    has_rival: bool = False,
+    **overrides: Any,
+) -> Completions:
+    """Four prompts, each completed with "1" and "12" and the end token, judged by ``reward``; a rival writes "12"."""
+    session = tiny_session(mesh, **overrides)
 
     def generate(params: Any, prompts: Prompts, key: Any, version: Any) -> Rollout:
         budget = np.zeros((len(prompts.tokens), 8), np.int32)
@@ -38,13 +48,59 @@ def completed(reward: Callable[..., Any], model: ModelReward | None = None, **ov
             sample_id=prompts.sample_id,
             group_id=prompts.prompt_id,
             step_version=jnp.full(len(budget), version),
+            decode_steps=jnp.full(len(budget), 3),
+            slot_steps=jnp.full(len(budget), 3.0),
         )
 
     rows, prompts, _ = make_source(session, session.config).take(DataPosition(), 4)
     rows = [row for row in rows for _ in range(2)]
     with RewardRunner([("reward", reward, 2.0)], workers=1) as runner:
         key = session.key(ROLLOUT_KEY)
-        return complete(session, generate, {}, repeat_prompts(prompts, 2), rows, runner, key, 0, model_reward=model)
+        prompts, rival = repeat_prompts(prompts, 2), Rival(generate, {}, 2) if has_rival else None
+        return complete(session, generate, {}, prompts, rows, runner, key, 0, model, rival, pieces)
+
+
+@pytest.mark.parametrize("has_rival", [False, True])
+def test_pieces_are_the_rows_of_the_whole_in_their_order(has_rival: bool) -> None:
+    """Two pieces on two data shards, by one writer or by two; steps of programs that run in turn add up."""
+
+    def judged(prompt: str, completion: str) -> Score:
+        return Score(len(prompt) + len(completion) / 2, correct=len(completion) == 2, spans=(Span(0, 1, 0.5),))
+
+    whole = completed(judged, mesh="1,2,1", has_rival=has_rival)
+    cut = completed(judged, mesh="1,2,1", has_rival=has_rival, pieces=2)
+    assert cut.host.loss_mask.sum(axis=1).tolist() == [2, 3] * 4
+    for name in set(Rollout._fields) - {"decode_steps"}:
+        np.testing.assert_array_equal(getattr(cut.host, name), getattr(whole.host, name), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(getattr(cut.rollout, name)), getattr(whole.host, name))
+    programs = 2 if has_rival else 1
+    assert set(whole.host.decode_steps) == {3 * programs} and set(cut.host.decode_steps) == {6 * programs}
+    for name in ("rewards", "correct", "dense"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name))
+    assert list(cut.samples.items()) == list(whole.samples.items())
+    assert cut.answers == whole.answers and len(cut.rollout.tokens.sharding.device_set) == 2
+
+
+def test_a_piece_has_whole_groups_of_every_shard() -> None:
+    """16 rows, two shards of 8: each piece has 4 of either."""
+    assert cut_pieces(16, 2, 2).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+
+
+def test_a_piece_is_read_while_the_next_is_written() -> None:
+    """The second is not written before somebody reads the first."""
+    reading = threading.Event()
+
+    def write(piece: np.ndarray) -> list[Written]:
+        assert piece[0] == 0 or reading.wait(10)
+        return [Written(piece, None, None)]  # type: ignore[arg-type]
+
+    def read(written: list[Written]) -> int:
+        reading.set()
+        return int(written[0].rows[0])
+
+    written, reads, times = overlapped(write, read, np.arange(3)[:, None])
+    assert reads == [0, 1, 2] and [each.rows[0] for each in written] == reads
+    assert min(times) >= 0 and times.host_idle <= times.rollout + times.reward
 
 
 def test_spans_become_rewards_of_tokens() -> None:

@@ -99,12 +99,12 @@ def test_a_row_without_a_prompt_fills_up_the_batch(generate: Any, rollout: Rollo
 
 def test_batch_order_does_not_change_a_sample(generate: Any, rollout: Rollout) -> None:
     order = np.random.default_rng(1).permutation(ROWS)
-    shuffled = generate(Prompts(*(leaf[order] for leaf in make_prompts(make_rows(), WIDTH))))
+    shuffled = generate(jax.tree.map(lambda leaf: leaf[order], make_prompts(make_rows(), WIDTH)))
     _same(shuffled, jax.tree.map(lambda leaf: leaf[order], rollout))
 
 
 def test_batch_size_does_not_change_a_sample(generate: Any, rollout: Rollout) -> None:
-    few = generate(Prompts(*(leaf[5:12] for leaf in make_prompts(make_rows(), WIDTH))))
+    few = generate(jax.tree.map(lambda leaf: leaf[5:12], make_prompts(make_rows(), WIDTH)))
     _same(few, jax.tree.map(lambda leaf: leaf[5:12], rollout))
 
 

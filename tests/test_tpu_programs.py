@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.compile_for_tpu import MODELS, PROGRAMS, crossing_collectives, spans_shards
+from tests.compile_for_tpu import MODELS, OFFLOADED, PROGRAMS, crossing_collectives, spans_shards
 from tests.tiny import ROOT
 
 # What the compiler may use of a chip, GiB.
@@ -42,18 +42,34 @@ def compiled() -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
 
 
 def check(topology: str, found: dict[tuple[str, str], dict[str, Any]]) -> None:
-    assert set(found) == {(model, program) for model in MODELS for program in PROGRAMS}
+    away = {(OFFLOADED, f"offloading {program}") for program in ("score", "update")}
+    assert set(found) == {(model, program) for model in MODELS for program in PROGRAMS} | away
     for key, record in found.items():
         assert record["gib"] <= CHIPS[topology], (key, record)
         assert not record.get("logits"), (key, record)
         assert not record.get("crossing"), (key, record)
         assert record.get("uniform_steps", 0) <= 1, (key, record)
+        assert record.get("kernels", 1) > 0, (key, record)  # attention of whole rows
 
 
 @pytest.mark.parametrize("topology", CHIPS)
 def test_a_step_fits_its_chips_and_its_loops_stay_in_their_shard(compiled: Any, topology: str) -> None:
-    """State, reference, temporaries and program; no logits of a row; no collective across data shards in a loop."""
+    """State, reference, temporaries and program; no logits of a row; no collective across data shards in a loop.
+
+    Scoring and update have attention's kernel.
+    """
     check(topology, compiled[topology])
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_what_waits_in_the_hosts_memory_is_not_on_the_chips(compiled: Any, topology: str) -> None:
+    """Scoring lacks the moments, 8 bytes a parameter, the update the reference, 2 bytes: a chip holds its share."""
+    found = compiled[topology]
+    share = 596_049_920 / found[OFFLOADED, "update"]["chips"] / 2**30
+    for program, bytes_away in (("score", 8), ("update", 2)):
+        away = found[OFFLOADED, f"offloading {program}"]
+        assert away["gib"] < found[OFFLOADED, program]["gib"] - 0.8 * bytes_away * share
+        assert away["host_gib"] > 0.9 * share * (2 if program == "score" else 8)
 
 
 def test_tensor_parallel_loops_have_collectives(compiled: Any) -> None:

@@ -12,12 +12,12 @@ from rljax.sharding import gather
 from rljax.stage_steps import online_step
 from tests.truths import KEEP_GRADIENT, digit_share, main_stage, relative_error, tiny_session
 
-# Training mesh and decode mesh; 4 query heads on 2 kv heads, which tensor 4 has to repeat.
+# Training mesh, decode mesh and pieces of a rollout; 4 query heads on 2 kv heads, which tensor 4 has to repeat.
 MESHES = [
-    ("1,8,1", "4,1,2"),
-    ("1,2,4", ""),
-    pytest.param("1,8,1", "", marks=pytest.mark.slow),
-    pytest.param("2,4,1", "", marks=pytest.mark.slow),
+    ("1,8,1", "4,1,2", 1),
+    ("1,2,4", "", 2),
+    pytest.param("1,8,1", "", 1, marks=pytest.mark.slow),
+    pytest.param("2,4,1", "", 1, marks=pytest.mark.slow),
 ]
 STEPS = 3
 SETTINGS: dict[str, Any] = {"optim.learning_rate": 0.03, "algo.kl_coef": 0.1, "rollout.max_new_tokens": 6}
@@ -30,8 +30,9 @@ class Trace(NamedTuple):
     compiles: list[int]
 
 
-def run(mesh: str, decode_mesh: str, steps: int, dtype: str) -> Trace:
-    session = tiny_session(mesh, decode_mesh=decode_mesh, compute_dtype=dtype, **SETTINGS)
+def run(mesh: str, decode_mesh: str, steps: int, dtype: str, pieces: int = 1) -> Trace:
+    settings = {**SETTINGS, "rollout.pieces": pieces}
+    session = tiny_session(mesh, decode_mesh=decode_mesh, compute_dtype=dtype, **settings)
     stage = main_stage(session, digit_share)
     state, position, trace = stage.start({"policy": session.base_params()}), DataPosition(), Trace([], [], [], [])
     counter = CompileCounter()
@@ -52,10 +53,10 @@ def alone() -> Trace:
         return run("1,1,1", "", STEPS, "float64")
 
 
-@pytest.mark.parametrize(("mesh", "decode_mesh"), MESHES)
-def test_three_steps_in_float64(alone: Trace, mesh: str, decode_mesh: str) -> None:
+@pytest.mark.parametrize(("mesh", "decode_mesh", "pieces"), MESHES)
+def test_three_steps_in_float64(alone: Trace, mesh: str, decode_mesh: str, pieces: int) -> None:
     with jax.enable_x64(True):
-        trace = run(mesh, decode_mesh, STEPS, "float64")
+        trace = run(mesh, decode_mesh, STEPS, "float64", pieces)
     for step in range(STEPS):
         np.testing.assert_array_equal(trace.tokens[step], alone.tokens[step])
         np.testing.assert_allclose(trace.logprobs[step], alone.logprobs[step], rtol=0, atol=1e-9)
@@ -92,7 +93,7 @@ def first() -> First:
     return first_rollout("1,1,1")
 
 
-@pytest.mark.parametrize(("mesh", "decode_mesh"), [MESHES[0], pytest.param(*MESHES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("mesh", "decode_mesh"), [MESHES[0][:2], pytest.param(*MESHES[1][:2], marks=pytest.mark.slow)])
 def test_the_first_rollout_and_gradient_in_float32(first: First, mesh: str, decode_mesh: str) -> None:
     mine = first_rollout(mesh, decode_mesh)
     np.testing.assert_array_equal(mine.tokens, first.tokens)

@@ -82,6 +82,7 @@ def grpo_algorithm(*, group_size: int = 2, max_new_tokens: int = 8, **changes: A
 
 def tiny_forward(model: Model, layout: Layout, **changes: Any) -> Forward:
     settings = {"dtype": jnp.float32, "remat": "none", "logits_chunk": 16, "temperature": 1.0, "truncates": False}
+    settings |= {"attention": "xla"}
     return Forward(model=model, layout=layout, **{**settings, **changes})
 
 

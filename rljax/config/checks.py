@@ -180,6 +180,12 @@ def _check_models(stage: StageConfig, algorithm: Algorithm, where: str) -> None:
             raise ConfigError(
                 f"{where}.{key} is not set, and the algorithm reads it; it names an earlier stage or a model folder"
             )
+    moves = stage.reference_reset_steps or stage.reference_ema
+    if stage.offload_reference and (moves or algorithm.rival_mixture):
+        raise ConfigError(
+            f"{where}.offload_reference is for a reference that stays and only scores; this stage "
+            f"{'moves it' if moves else 'samples with it'}"
+        )
     if algorithm.critic_outputs > 1 and stage.critic.init_from != "policy":
         raise ConfigError(
             f"{where}.critic.init_from: a reward model's head gives 1 number and this critic's "
@@ -210,6 +216,20 @@ def _check_online(stage: StageConfig, where: str) -> None:
         raise ConfigError(
             f"{where}.algo.kl_in is 'reward' and rollout truncates the vocabulary, so that the KL would compare a part "
             f"with a whole; sample from all of it, or set {where}.algo.kl_of_truncated"
+        )
+    if r.prefill_chunk and not r.slots:
+        raise ConfigError(f"{where}.rollout.prefill_chunk does nothing while rollout.slots is 0: a fixed batch")
+    for length in stage.data.prompt_lengths:
+        if r.prefill_chunk and length > r.prefill_chunk and length % r.prefill_chunk:
+            raise ConfigError(
+                f"{where}.rollout.prefill_chunk {r.prefill_chunk} does not divide the {length} of "
+                f"{where}.data.prompt_lengths"
+            )
+    rounded = [key for key in ("weights_dtype", "cache_dtype") if vars(r)[key] == "int8"]
+    if rounded and "correction" in algo and "proximal_logprobs" not in stage.algorithm().needs:
+        raise ConfigError(
+            f"{where}.rollout.{rounded[0]} is int8, so another policy samples than the one that is trained; set "
+            f"{where}.algo.correction, such as to 'truncated'"
         )
     if r.keep_groups == "all" and r.max_rounds > 1:
         raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")

@@ -51,6 +51,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "block"] = (
         "none"  # what the backward pass keeps of a layer: all, products, its input
     )
+    attention: Literal["auto", "xla", "cudnn", "flash"] = "auto"  # kernel of training and scoring; auto: by device
     logits_chunk: Positive = 1024  # tokens a device whose logits exist at once
 
 
@@ -78,7 +79,7 @@ class DataConfig:
     test_rows: Count = 0  # how many to use; 0: all there are
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # our name to the source's: prompt, answer, solution, messages, chosen, rejected, completions, scores, label
+    )  # ours to its: max_new_tokens, prompt, answer, solution, messages, chosen, rejected, completions, scores, label
     options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
     prompt_prefix: str = ""  # before every prompt that is completed, such as the label of a wanted return
     prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
@@ -126,8 +127,12 @@ class RolloutConfig:
     )
     max_rounds: Positive = 1  # of refilling
     slots: Annotated[int, Range(-1)] = -1  # answers a data shard writes at once; 0: a fixed batch of all; -1: by device
+    pieces: Positive = 1  # programs that a rollout is cut into; the rewards of one overlap with the next
     shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
+    prefill_chunk: Count = 0  # tokens of a prompt read between two decode steps; 0: the whole prompt
     uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
+    weights_dtype: Literal["compute", "int8"] = "compute"  # of the layers while sampling; int8 needs algo.correction
+    cache_dtype: Literal["compute", "int8"] = "compute"  # of keys and values while sampling; int8 needs algo.correction
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
@@ -235,6 +240,8 @@ class StageConfig:
     critic: CriticConfig = CriticConfig()
     text_mix: TextMixConfig = TextMixConfig()
     clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
+    offload_optimizer: bool = False  # its moments wait in the hosts' memory between updates; on accelerators
+    offload_reference: bool = False  # the reference waits in the hosts' memory between its passes; on accelerators
     data: DataConfig = DataConfig()
     select: SelectConfig = SelectConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Int
 from rljax.data.rows import DataError, Row
 from rljax.data.tokenizer import Tokenizer
 
+NO_LIMIT = np.iinfo(np.int32).max
+
 TooLong = Literal["drop", "error"]
 Encoded = tuple[Int[np.ndarray, " t"], Bool[np.ndarray, " t"]]  # tokens, and which of them are trained
 
@@ -44,6 +46,7 @@ class PromptBatch(NamedTuple):
     valid: Bool[np.ndarray, "b p"]
     prompt_id: Int[np.ndarray, " b"]
     sample_id: Int[np.ndarray, " b"]
+    max_new_tokens: Int[np.ndarray, " b"] | None = None
 
 
 class SupervisedBatch(NamedTuple):
@@ -77,7 +80,8 @@ class PromptSource:
 
     Batches are left-padded to the smallest of ``prompt_lengths`` that fits all their prompts, so a run compiles at
     most that many programs. A prompt longer than the largest is dropped and counted in ``kept``, never cut.
-    ``prompt_id`` is the row's number in ``rows``.
+    ``prompt_id`` is the row's number in ``rows``. Where rows have a column ``max_new_tokens``, it is the budget of
+    their completions, below that of the sampler.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class PromptSource:
         self.rows = [rows[i] for i in chosen]
         self.prompt_ids = np.asarray(chosen, np.int32)
         self._encoded = [encoded[i] for i in chosen]
+        self._budgets = _budgets(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,14 +124,29 @@ class PromptSource:
         for k, i in enumerate(picked):
             copies[k] = seen.get(i, 0)
             seen[i] = copies[k] + 1
-        return [self.rows[i] for i in picked], PromptBatch(tokens, valid, self.prompt_ids[picked], copies), position
+        ids = self.prompt_ids[picked]
+        budgets = None if self._budgets is None else self._budgets[ids]
+        return [self.rows[i] for i in picked], PromptBatch(tokens, valid, ids, copies, budgets), position
 
 
 def repeat_prompts(prompts: PromptBatch, group_size: int) -> PromptBatch:
     """Every prompt ``group_size`` times in a row, with ``sample_id`` 0 to ``group_size - 1``."""
-    tokens, valid, prompt_id, copy = (np.repeat(np.asarray(leaf), group_size, axis=0) for leaf in prompts)
+    tokens, valid, prompt_id, copy, *budgets = (
+        np.repeat(np.asarray(leaf), group_size, axis=0) for leaf in prompts if leaf is not None
+    )
     within = np.tile(np.arange(group_size, dtype=np.int32), len(prompts.tokens))
-    return PromptBatch(tokens, valid, prompt_id, copy * group_size + within)
+    return PromptBatch(tokens, valid, prompt_id, copy * group_size + within, *budgets)
+
+
+def _budgets(rows: Sequence[Row]) -> Int[np.ndarray, " b"] | None:
+    """Each row's ``max_new_tokens``; None where no row has any."""
+    given = [row.get("max_new_tokens") for row in rows]
+    for number, budget in enumerate(given):
+        if budget is not None and (not isinstance(budget, int) or not 1 <= budget <= NO_LIMIT):
+            raise DataError(f"max_new_tokens of row {number} is {budget!r}; it takes a number of tokens, 1 or more")
+    if all(budget is None for budget in given):
+        return None
+    return np.asarray([NO_LIMIT if budget is None else budget for budget in given], np.int32)
 
 
 class SupervisedSource:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.models.layers import contract, wide_dtype
+from rljax.models.quantized import as_stored, dequantize
 from rljax.sharding import Layout
 
 # attend(q, k, v, cache, layer) -> (output, cache): what a block calls; who calls the skeleton decides what it does.
@@ -18,10 +19,13 @@ QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that sco
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, in the loop's carry and written in place. [L, B, K, T, H] decodes fastest."""
+    """Keys and values of every layer, in the loop's carry and written in place. [L, B, K, T, H] decodes fastest.
 
-    k: Float[Array, "l b k t h"]
-    v: Float[Array, "l b k t h"]
+    Arrays, or ``Quantized`` ones with a scale for each row of each head.
+    """
+
+    k: Any
+    v: Any
 
 
 def attention(
@@ -100,7 +104,9 @@ def _split_columns(x: Array, chunk: int) -> Array:
 
 def read_layer(cache: Cache, layer: Int[Array, ""] | None) -> Cache:
     """A layer of the cache; all of it where ``layer`` is None: layers stand apart (``decoder.by_layer``)."""
-    return cache if layer is None else Cache(*(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache))
+    if layer is None:
+        return cache
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), cache)
 
 
 def write_layer(
@@ -110,12 +116,12 @@ def write_layer(
     start = tuple(jnp.int32(i) for i in (at if layer is None else (layer, *at)))  # one type, in float64 runs too
 
     def put(old: Array, new: Array) -> Array:
-        new = (new if layer is None else new[None]).astype(old.dtype)
+        new, place = (new if layer is None else new[None]).astype(old.dtype), start[: old.ndim]
         if there is not None:
-            new = jnp.where(there, new, jax.lax.dynamic_slice(old, start, new.shape))
-        return jax.lax.dynamic_update_slice(old, new, start)
+            new = jnp.where(there, new, jax.lax.dynamic_slice(old, place, new.shape))
+        return jax.lax.dynamic_update_slice(old, new, place)
 
-    return Cache(put(cache.k, k), put(cache.v, v))
+    return jax.tree.map(put, cache, Cache(as_stored(cache.k, k), as_stored(cache.v, v)))
 
 
 def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], layout: Layout, scale: float) -> Attend:
@@ -125,7 +131,8 @@ def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], la
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
         cache = write_layer(cache, k, v, layer, (0, 0, start, 0))
         length = visible.shape[-1]
-        mine = [x[:, :, :length] for x in read_layer(cache, layer)]
-        return attention(q, mine[0], mine[1], visible, scale), cache
+        mine = jax.tree.map(lambda x: x[:, :, :length], read_layer(cache, layer))
+        keys, values = (dequantize(x, (-1,), q.dtype) for x in mine)
+        return attention(q, keys, values, visible, scale), cache
 
     return attend

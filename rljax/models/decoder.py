@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.models.attention import Attend, Cache, full_attend
+from rljax.models.kernels import choose, kernel_attend
 from rljax.models.layers import (
     PRODUCT,
     Param,
@@ -26,6 +27,7 @@ from rljax.models.layers import (
     swiglu,
     wide_dtype,
 )
+from rljax.models.quantized import Quantized
 from rljax.sharding import VOCAB_BLOCK, Layout
 
 Params = dict[str, Any]
@@ -104,19 +106,19 @@ class Model(NamedTuple):
 def declare_attention(c: DecoderConfig) -> dict[str, Param]:
     return {
         "attention_norm": Param((c.width,), (None,), "ones"),
-        "q": Param((c.width, c.num_heads, c.head_dim), ("embed", "heads", None)),
-        "k": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)),
-        "v": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)),
-        "o": Param((c.num_heads, c.head_dim, c.width), ("heads", None, "embed")),
+        "q": Param((c.width, c.num_heads, c.head_dim), ("embed", "heads", None), summed=1),
+        "k": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), summed=1),
+        "v": Param((c.width, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), summed=1),
+        "o": Param((c.num_heads, c.head_dim, c.width), ("heads", None, "embed"), summed=2),
     }
 
 
 def declare_ffn(c: DecoderConfig) -> dict[str, Param]:
     return {
         "ffn_norm": Param((c.width,), (None,), "ones"),
-        "gate": Param((c.width, c.ffn_width), ("embed", "ffn")),
-        "up": Param((c.width, c.ffn_width), ("embed", "ffn")),
-        "down": Param((c.ffn_width, c.width), ("ffn", "embed")),
+        "gate": Param((c.width, c.ffn_width), ("embed", "ffn"), summed=1),
+        "up": Param((c.width, c.ffn_width), ("embed", "ffn"), summed=1),
+        "down": Param((c.ffn_width, c.width), ("ffn", "embed"), summed=1),
     }
 
 
@@ -226,12 +228,17 @@ def scalar_scores(params: Params, hidden: Float[Array, "b t d"]) -> Float[Array,
 
 
 def empty_cache(model: Model, layout: Layout, rows: int, length: int, dtype: Any) -> Cache:
-    """Zeros for ``rows`` rows; kv heads repeated to the tensor degree where that is larger."""
+    """Zeros for ``rows`` rows; kv heads repeated to the tensor degree where that is larger. int8 rows have scales."""
     c = model.config
     heads = max(c.num_kv_heads, layout.tensor)
     shape = (c.num_layers, rows, heads, length, c.head_dim)
-    zeros = [layout.constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", None, None) for _ in range(2)]
-    return Cache(*zeros)
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+        return layout.constrain(jnp.zeros(shape, dtype), None, "batch", "kv_heads", *(None,) * (len(shape) - 3))
+
+    if dtype == jnp.int8:
+        return Cache(*(Quantized(zeros(shape, dtype), zeros(shape[:-1], jnp.float32)) for _ in range(2)))
+    return Cache(*(zeros(shape, dtype) for _ in range(2)))
 
 
 def check_tensor_degree(config: DecoderConfig, tensor: int) -> None:
@@ -259,9 +266,18 @@ def hidden_states(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
 ) -> Float[Array, "b t d"]:
-    """Whole rows through the decoder, as training and scoring do. ``segments`` is 0 at padding, else a row's part."""
-    attend = full_attend(positions, segments, model.config.sliding_window, layout, model.config.attention_scale)
+    """Whole rows through the decoder, as training and scoring do. ``segments`` is 0 at padding, else a row's part.
+
+    ``attention`` names a kernel, or auto (``kernels.choose``).
+    """
+    c = model.config
+    kernel = choose(attention, layout, dtype, tokens.shape[1], c.head_dim)
+    if kernel == "xla":
+        attend = full_attend(positions, segments, c.sliding_window, layout, c.attention_scale)
+    else:
+        attend = kernel_attend(kernel, segments, c.sliding_window, layout, c.attention_scale)
     return forward(model, layout, params, tokens, positions, attend, dtype=dtype, remat=remat)[0]
 
 

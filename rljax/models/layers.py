@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from rljax.models.quantized import Quantized
+
 
 class Param(NamedTuple):
     """A parameter, declared once: initialisation, sharding, checkpoint target and count all derive from it."""
@@ -19,20 +21,23 @@ class Param(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # normal | ones | zeros | score (a scalar head)
+    summed: int = 0  # of a weight: its first axes, which ``dot`` contracts; the others are output channels
 
 
 PRODUCT = "product"  # what a remat policy calls the result of ``dot``; a policy cannot look into a custom derivative
 
 
-def dot(x: Float[Array, "*rows c"], w: Float[Array, "..."], contracted: int = 1) -> Float[Array, "..."]:
+def dot(x: Float[Array, "*rows c"], w: Any, contracted: int = 1) -> Float[Array, "..."]:
     """Contract the last ``contracted`` axes of x with the first of w: the one door for weights.
 
-    The result has x's dtype. A leaf that is no plain array (an adapter, a quantised table) gets its own branch here.
+    The result has x's dtype. A leaf that is no plain array (an adapter, a quantised weight) gets its own branch here.
     """
     rows, inner = x.ndim - contracted, "uvw"[:contracted]
-    outer = "xyz"[: w.ndim - contracted]
-    product = contract(f"{'abcde'[:rows]}{inner},{inner}{outer}->{'abcde'[:rows]}{outer}", x, w, x.dtype)
-    return checkpoint_name(product, PRODUCT)
+    outer = "xyz"[: (w.values if isinstance(w, Quantized) else w).ndim - contracted]
+    spec = f"{'abcde'[:rows]}{inner},{inner}{outer}->{'abcde'[:rows]}{outer}"
+    if isinstance(w, Quantized):  # a scale an output channel: the sum is taken over the whole numbers
+        return (contract(spec, x, w.values, wide_dtype(x.dtype)) * w.scale).astype(x.dtype)
+    return checkpoint_name(contract(spec, x, w, x.dtype), PRODUCT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

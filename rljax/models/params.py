@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from rljax.models.decoder import Model, Params
 from rljax.models.layers import Param
+from rljax.models.quantized import Quantized, quantize
 from rljax.sharding import Layout
 
 
@@ -20,7 +21,7 @@ def declare(model: Model) -> dict[str, Any]:
     """Every parameter of a model: shape with padded vocabulary, logical axes, initialisation."""
     c = model.config
     stacked = {
-        name: Param((c.num_layers, *p.shape), (None, *p.axes), p.init)
+        name: Param((c.num_layers, *p.shape), (None, *p.axes), p.init, p.summed)
         for name, p in model.family.declare_layer(c).items()
     }
     table = Param((c.padded_vocab, c.width), ("vocab", "embed"))
@@ -44,6 +45,26 @@ def abstract_params(model: Model, layout: Layout, dtype: Any = jnp.float32) -> P
     return map_params(
         lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=layout.sharding(p.axes, p.shape)), declare(model)
     )
+
+
+def quantized(model: Model, params: Params) -> Params:
+    """int8 in place of the layers' weights, with a scale for each output channel; the other leaves as they are."""
+    axes = {name: tuple(range(1, 1 + p.summed)) for name, p in declare(model)["layers"].items() if p.summed}
+    layers = {name: quantize(x, axes[name]) if name in axes else x for name, x in params["layers"].items()}
+    return {**params, "layers": layers}
+
+
+def quantized_shardings(model: Model, layout: Layout) -> Params:
+    """``param_shardings`` of what ``quantized`` gives."""
+
+    def places(p: Param) -> Any:
+        values = layout.sharding(p.axes, p.shape)
+        if not p.summed:
+            return values
+        axes, shape = ((*of[:1], *of[1 + p.summed :]) for of in (p.axes, p.shape))
+        return Quantized(values, layout.sharding(axes, shape))  # type: ignore[arg-type]
+
+    return map_params(places, declare(model))
 
 
 def parameter_count(model: Model) -> int:

@@ -1,6 +1,6 @@
 """Attention of a step over two segments: prompts, which slots may share, and each slot's own columns of a ring."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from rljax.models.attention import Attend, Cache, read_layer, replicate_kv, write_layer
 from rljax.models.layers import contract, wide_dtype
+from rljax.models.quantized import Quantized, stored_values, times_row_scales
 from rljax.sharding import Layout
 
 
@@ -29,14 +30,17 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
         ring = write_layer(memory.ring, k, v, layer, (0, 0, cursor, 0))
         slots, _, heads, width = q.shape
-        q_dtype, q = q.dtype, q.reshape(slots, k.shape[1], -1, width).astype(ring.k.dtype)
+        q_dtype, q = q.dtype, q.reshape(slots, k.shape[1], -1, width)
+        if not isinstance(ring.k, Quantized):
+            q = q.astype(ring.k.dtype)
         (ring_keys, ring_values), (keys, values) = read_layer(ring, layer), read_layer(memory.prompts, layer)
         own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, ring_keys, ring_values, in_ring[:, None, None], scale)
         if in_prompt.ndim == 2:
             visible = in_prompt[:, None, None]
             prompt = _part("skgh,skph->skgp", "skgp,skph->skgh", q, keys, values, visible, scale)
         else:
-            keys, values = (x.reshape(x.shape[0], -1, width) for x in (keys, values))  # [K, Q * P, H]
+            # [K, Q * P, H]
+            keys, values = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), (keys, values))
             visible = in_prompt.reshape(slots, 1, -1)
             prompt = _part("ksgh,kxh->ksgx", "ksgx,kxh->ksgh", q.swapaxes(0, 1), keys, values, visible, scale)
             prompt = jax.tree.map(lambda x: x.swapaxes(0, 1), prompt)
@@ -53,13 +57,14 @@ class Part(NamedTuple):
     values: Float[Array, "*n h"]
 
 
-def _part(to_scores: str, to_values: str, q: Array, k: Array, v: Array, visible: Array, scale: float) -> Part:
+def _part(to_scores: str, to_values: str, q: Array, k: Any, v: Any, visible: Array, scale: float) -> Part:
     wide = wide_dtype(q.dtype)
-    scores = contract(to_scores, q, k, wide) * scale
+    scores = times_row_scales(contract(to_scores, q, stored_values(k), wide) * scale, k)
     scores = jnp.where(visible, scores, jnp.finfo(wide).min / 2)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
-    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, weights.astype(q.dtype), v, wide))
+    shares = times_row_scales(weights, v).astype(q.dtype)
+    return Part(top, jnp.sum(weights, axis=-1), contract(to_values, shares, stored_values(v), wide))
 
 
 def _merged(parts: tuple[Part, Part]) -> Float[Array, "*n h"]:

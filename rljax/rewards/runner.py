@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rljax.rewards.base import Sample, Score, Span, takes_batch, weighted_sum
@@ -28,6 +28,16 @@ class Scored(NamedTuple):
     answers: list[str | None]  # of the first reward that gives one
     spans: list[tuple[Span, ...]]  # values times the reward's weight
     failures: list[Failure]
+
+
+def join_scored(parts: Sequence[Scored]) -> Scored:
+    """As if the samples of all parts had been scored together, in that order."""
+    joined = Scored([], [], [], [], [], [])
+    for part in parts:
+        moved = part._replace(failures=[replace(f, index=len(joined.values) + f.index) for f in part.failures])
+        columns: Any = zip(joined, moved, strict=True)
+        joined = Scored(*(one + other for one, other in columns))
+    return joined
 
 
 class RewardRunner:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rljax.data import arithmetic
-from rljax.data.batches import DataPosition, Kept, PromptSource, SupervisedSource, draw, repeat_prompts
+from rljax.data.batches import NO_LIMIT, DataPosition, Kept, PromptSource, SupervisedSource, draw, repeat_prompts
 from rljax.data.rows import DataError, load_rows
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
 
@@ -69,6 +69,18 @@ def test_long_prompts_are_counted_and_never_cut(digits):
         PromptSource(rows, digits, (4, 8), seed=0, too_long="error")
     with pytest.raises(DataError, match=r"none of 4 rows fits 2 tokens, the longest has 41"):
         PromptSource(rows, digits, (2,), seed=0)
+
+
+def test_rows_may_bring_their_own_budget(digits):
+    rows = [{"prompt": "1" * 30}, {"prompt": "1", "max_new_tokens": 7}, {"prompt": "2"}]  # the first is dropped
+    source = PromptSource(rows, digits, (8,), seed=0, shuffle=False)
+    batch = source.take(DataPosition(), 2)[1]
+    np.testing.assert_array_equal(batch.max_new_tokens, [7, NO_LIMIT])
+    np.testing.assert_array_equal(repeat_prompts(batch, 2).max_new_tokens, [7, 7, NO_LIMIT, NO_LIMIT])
+    assert PromptSource(rows[2:], digits, (8,), seed=0).take(DataPosition(), 1)[1].max_new_tokens is None
+    for wrong in (0, 1.5, "many"):
+        with pytest.raises(DataError, match="max_new_tokens of row 1 is"):
+            PromptSource([{"prompt": "1"}, {"prompt": "1", "max_new_tokens": wrong}], digits, (8,), seed=0)
 
 
 def test_prompt_id_names_the_row_wherever_it_stands(digits):

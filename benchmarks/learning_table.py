@@ -62,7 +62,8 @@ GRPO = {
     "aggregation": "token_mean",
 }
 FOUR_EPOCHS = {"batch.epochs": 4, "batch.minibatches": 1}
-ON_PAIRS = {"data.train": "@pairs", "data.train_rows": 0, "steps": 160, "batch.rows": 32, "optim.learning_rate": 1e-4}
+ON_PAIRS = {"data.train": "@pairs", "data.train_rows": 0, "steps": 160, "optim.learning_rate": 1e-4}
+ON_PAIRS |= {"batch.rows": 32, "batch.micro_batch_rows": 8}
 PPO = {
     "kl_coef": 0.0,
     "clip_low": 0.2,
@@ -86,7 +87,7 @@ def one_round(rule: dict[str, Any], learn: dict[str, Any], rounds: int = 1) -> d
             "algo": {"name": "collect"},
             "steps": STEPS // rounds,
             "data": {"seed": number},
-            "batch": {"rows": 0},
+            "batch": {"rows": 0, "micro_batch_rows": 0},
         }
         stages[f"learn_{number}"] = {
             **learn,
@@ -154,13 +155,15 @@ METHODS: dict[str, Method] = {
             {
                 "algo": {"name": "kto", "beta": 0.1},
                 "steps": 160,
-                "batch": {"rows": 64},
+                "batch": {"rows": 64, "micro_batch_rows": 16},
                 "optim": {"learning_rate": 1e-4},
             },
         ),
     ),
     "online dpo": Method(
-        "online_dpo", {"beta": 0.1}, {"optim.learning_rate": 1e-4, "batch.epochs": 2, "batch.minibatches": 2}
+        "online_dpo",
+        {"beta": 0.1},
+        {"optim.learning_rate": 1e-4, "batch.epochs": 2, "batch.minibatches": 2, "batch.micro_batch_rows": 16},
     ),
     "expert iteration": Method(
         "sft",
@@ -169,7 +172,7 @@ METHODS: dict[str, Method] = {
             {
                 "algo": {"name": "sft"},
                 "steps": 150,
-                "batch": {"rows": 64},
+                "batch": {"rows": 64, "micro_batch_rows": 16},
                 "optim": {"learning_rate": 1e-3, "schedule": "cosine"},
             },
             rounds=2,

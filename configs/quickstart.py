@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
                     "algo": {"name": "sft"},
                     "steps": 900,
                     "data": {"train_rows": 4096},
-                    "batch": {"rows": 64},
+                    "batch": {"rows": 64, "micro_batch_rows": 16},
                     "optim": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 10},
                 }
             }
@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 32
     config.reward.names = ("arithmetic",)
+    config.batch.micro_batch_rows = 64  # packed, and small enough for a CPU's caches: half the time of all rows at once
     config.optim.learning_rate = 3e-4
     config.optim.warmup_steps = 5
 

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes, a file of tests in one of them: compilation, which most of the time goes to, runs on one core.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
@@ -30,10 +32,10 @@ test: $(VENV)/.dev  ## what continuous integration runs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rljax
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow" --durations=15
+	$(PYTEST) -m "not slow" --durations=15
 
 test-slow: $(VENV)/.dev  ## kills, processes, learning controls: before calling something done
-	$(BIN)/python -m pytest -q -m slow --durations=15
+	$(PYTEST) -m slow --durations=15
 
 bench: $(VENV)/.run  ## the short benchmarks, and a table of them; one alone: python -m benchmarks.grpo_step --size s
 	$(BIN)/python -m benchmarks
@@ -43,7 +45,7 @@ check: $(VENV)/.dev  ## the inner loop
 	$(BIN)/ruff check --fix .
 	$(BIN)/mypy rljax
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m fast
+	$(PYTEST) -m fast
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -5,11 +5,21 @@ python -m benchmarks.grpo_step --size s --dtype bfloat16
 
 from benchmarks.common import Report, arguments
 from benchmarks.online import measure_steps
-from benchmarks.workload import COMPLETION, GROUP, KL, PROMPT, PROMPTS, endless_session, grpo_config, online_stage
+from benchmarks.workload import (
+    COMPLETION,
+    GROUP,
+    KL,
+    MICRO,
+    PROMPT,
+    PROMPTS,
+    endless_session,
+    grpo_config,
+    online_stage,
+)
 
 
 def main() -> None:
-    a = arguments(__doc__, kl=KL, prompts=PROMPTS, group=GROUP, prompt=PROMPT, completion=COMPLETION, micro=0)
+    a = arguments(__doc__, kl=KL, prompts=PROMPTS, group=GROUP, prompt=PROMPT, completion=COMPLETION, micro=MICRO)
     config = grpo_config(a.size, a.dtype, **{"algo.kl_coef": a.kl, "batch.micro_batch_rows": a.micro})
     config.rollout.prompts_per_step, config.rollout.group_size = a.prompts, a.group
     config.rollout.max_new_tokens, config.data.prompt_lengths = a.completion, (a.prompt,)

@@ -7,7 +7,17 @@ import dataclasses
 
 from benchmarks.common import Report, arguments
 from benchmarks.online import measure_steps
-from benchmarks.workload import COMPLETION, GROUP, KL, PROMPT, PROMPTS, endless_session, grpo_config, online_stage
+from benchmarks.workload import (
+    COMPLETION,
+    GROUP,
+    KL,
+    MICRO,
+    PROMPT,
+    PROMPTS,
+    endless_session,
+    grpo_config,
+    online_stage,
+)
 from rljax.config.build import algo_defaults
 from rljax.models.params import init_params
 
@@ -16,8 +26,8 @@ PPO |= {"value_clip": 0.2, "gamma": 1.0, "lam": 0.95, "whiten_advantages": "roll
 
 
 def main() -> None:
-    a = arguments(__doc__)
-    config = grpo_config(a.size, a.dtype)
+    a = arguments(__doc__, micro=MICRO)
+    config = grpo_config(a.size, a.dtype, **{"batch.micro_batch_rows": a.micro})
     with config.unlocked():
         config.algo = algo_defaults("ppo")
     config.algo.update(PPO)

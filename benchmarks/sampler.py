@@ -1,6 +1,6 @@
 """The sampler alone, completions of full length: tokens a second by batch.
 
-python -m benchmarks.sampler --size s --dtype bfloat16 --batches 1,8,64
+python -m benchmarks.sampler --size s --dtype bfloat16 --batches 1,8,64 --path refill|plain
 """
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.workload import COMPLETION, PROMPT, endless_session, forward_flops, grpo_config
 from rljax.forward import make_score
+from rljax.refill import plan_refill
 from rljax.sampler import make_generate
 from rljax.session import Session
 from rljax.sharding import to_global
@@ -29,16 +30,19 @@ def random_prompts(session: Session, rows: int, length: int, group: int = 1) -> 
 
 
 def main() -> None:
-    a = arguments(__doc__, batches="1,8,64", group=1, prompt=PROMPT, completion=COMPLETION)
+    a = arguments(__doc__, batches="1,8,64", group=1, path="refill", prompt=PROMPT, completion=COMPLETION)
     overrides = {"rollout.max_new_tokens": a.completion, "data.prompt_lengths": (a.prompt,)}
-    session = endless_session(grpo_config(a.size, a.dtype, **overrides))
-    sampling = session.sampling(session.config)
-    params = session.base_params()
-    score = make_score(session.forward(sampling), a.prompt, pieces=1)
     for rows in map(int, a.batches.split(",")):
-        report = Report("sampler", a.size, a.dtype, batch=rows, prompt=a.prompt, completion=a.completion)
-        generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype)
-        prompts = random_prompts(session, rows, a.prompt, min(a.group, rows))
+        group = min(a.group, rows)
+        session = endless_session(grpo_config(a.size, a.dtype, **overrides), devices=1 if rows == 1 else None)
+        sampling = session.sampling(session.config)
+        params = session.base_params()
+        score = make_score(session.forward(sampling), a.prompt, pieces=1)
+        report = Report("sampler", a.size, a.dtype, batch=rows, prompt=a.prompt, completion=a.completion, group=group)
+        plan = plan_refill(session.decode, rows, group) if a.path == "refill" else None
+        layouts = (session.model, session.train, session.decode)
+        generate = make_generate(*layouts, sampling, dtype=session.dtype, refill=plan)
+        prompts = random_prompts(session, rows, a.prompt, group)
 
         def run() -> object:
             return generate(params, prompts, jax.random.key(0), jnp.int32(0))  # noqa: B023

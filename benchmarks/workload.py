@@ -1,9 +1,11 @@
 """The common workload: Llama shapes, random weights, random prompts, completions that never end, random rewards."""
 
 import dataclasses
+import os
 import random
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -31,6 +33,7 @@ SPECIAL_TOKENS = 3
 
 PROMPTS, GROUP, PROMPT, COMPLETION = 8, 8, 64, 128
 LEARNING_RATE, WEIGHT_DECAY, KL = 1e-5, 0.01, 0.04
+MICRO = 16  # rows of a micro-batch that a CPU's caches hold
 
 
 def architecture(size: str) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def grpo_config(size: str, dtype: str, **overrides: Any) -> ConfigDict:
     config.update_from_flattened_dict(
         {
             "compilation_cache": "off",
+            "cpu_devices": os.cpu_count() or 1,  # the body of a loop runs on one core
             "algo.kl_coef": KL,
             "algo.clip_low": 0.2,
             "algo.clip_high": 0.2,
@@ -77,11 +81,11 @@ def grpo_config(size: str, dtype: str, **overrides: Any) -> ConfigDict:
     return config
 
 
-def endless_session(config: ConfigDict) -> Session:
-    """The devices of this config, and a tokenizer without end tokens: every completion has full length."""
+def endless_session(config: ConfigDict, devices: int | None = None) -> Session:
+    """All devices, or so many, and a tokenizer without end tokens: every completion has full length."""
     checked = make_config(config)
     start_devices(checked)
-    session = open_session(checked)
+    session = open_session(checked, jax.devices()[:devices])
     return dataclasses.replace(session, tokenizer=dataclasses.replace(session.tokenizer, end_ids=()))
 
 

@@ -43,6 +43,7 @@ def gsm8k(algo: str, name: str) -> ConfigDict:
     config.rollout.temperature = 1.0
     config.eval.samples = 96  # maj@96 and pass@96 beside the score
     config.eval.temperature = 0.7
+    config.eval.greedy = True  # maj@1 is a greedy answer
     config.checkpoint.every_steps = 50
     return config
 

@@ -28,10 +28,11 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         config, session = self.session.config, self.session
-        sampling = replace(session.sampling(config), temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
+        drawn = {"temperature": config.eval.temperature, "greedy_samples": int(config.eval.greedy)}
+        sampling = replace(session.sampling(config), **drawn, top_k=0, top_p=1.0, min_p=0.0)
         shards = max(session.train.data_shards, session.decode.data_shards)
         self._prompts_per_batch = -(-min(config.eval.prompts_per_batch, len(self.source)) // shards) * shards
-        samples = config.eval.samples
+        samples = config.eval.completions
         self._generate = make_generate(
             session.model,
             session.train,
@@ -48,7 +49,8 @@ class Evaluator:
 
         ``ranker`` is a reward model (of weight 0, so that no score depends on it) that picks among a prompt's samples.
         """
-        samples = self.session.config.eval.samples
+        settings = self.session.config.eval
+        samples = settings.completions
         total = len(self.source)
         position = DataPosition()
         rewards, correct, lengths, finished, batches = [], [], [], [], []
@@ -67,20 +69,33 @@ class Evaluator:
             rewards.append(done.rewards[kept].reshape(count, samples))
             correct.append(done.correct[kept].reshape(count, samples))
             lengths.append(done.lengths[kept])
-            if samples > 1:
+            if settings.samples > 1:
                 given = all_answers(done)
-                answers += [given[i : i + samples] for i in range(0, count * samples, samples)]
+                answers += [given[i + settings.greedy : i + samples] for i in range(0, count * samples, samples)]
                 ranks += [done.parts["model"][kept].reshape(count, samples)] if ranker is not None else []
             finished.append(done.finished[kept])
-        metrics = score_metrics(np.concatenate(rewards), np.concatenate(correct))
-        metrics |= choice_metrics(np.concatenate(correct), answers, np.concatenate(ranks) if ranks else None)
+        metrics = all_metrics(np.concatenate(rewards), np.concatenate(correct), settings.greedy)
+        of_samples = [np.concatenate(each)[:, int(settings.greedy) :] for each in (correct, ranks) if each]
+        metrics |= choice_metrics(of_samples[0], answers, of_samples[1] if ranks else None)
         metrics |= {
             "completion_length": float(np.concatenate(lengths).mean()),
             "truncated": float(1 - np.concatenate(finished).mean()),
-            "temperature": self.session.config.eval.temperature,
+            "temperature": settings.temperature,
             "seconds": sum(done.times.rollout + done.times.reward for done in batches),
         }
         return metrics, batches
+
+
+def all_metrics(rewards: np.ndarray, correct: np.ndarray, greedy: bool) -> dict[str, float]:
+    """``score_metrics``; where each problem's first completion is ``greedy``, the score is of those alone.
+
+    The other completions then give pass@k and a score of their own, ``sampled_score``, with its interval.
+    """
+    if not greedy:
+        return score_metrics(rewards, correct)
+    sampled = score_metrics(rewards[:, 1:], correct[:, 1:])
+    named = {f"sampled_{name}": sampled.pop(name) for name in ("score", "score_low", "score_high")}
+    return {**sampled, **named, **score_metrics(rewards[:, :1], correct[:, :1]), "samples": sampled["samples"]}
 
 
 def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:

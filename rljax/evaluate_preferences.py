@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.algos.base import Algorithm, Batch
 from rljax.algos.pairs import on_rows
+from rljax.config import EvalConfig
 from rljax.data.batches import DataPosition
 from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
 from rljax.models.decoder import Params
@@ -217,8 +218,8 @@ def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
 class BestOfN:
     """Completions drawn once, of which a reward model picks; the rewards they were given count as the truth."""
 
-    def __init__(self, forward: Forward, batches: list[Completions], samples: int):
-        self.batches, self.samples = batches, samples
+    def __init__(self, forward: Forward, batches: list[Completions], settings: EvalConfig):
+        self.batches, self.settings = batches, settings
         self._rewards = make_reward(forward, 1)
 
     def run(self, reward_model: Params) -> dict[str, float]:
@@ -232,8 +233,9 @@ class BestOfN:
             scores = gather(self._rewards(reward_model, {"tokens": r.tokens, "valid": r.valid}))
             truth = done.rewards if (done.correct < 0).any() else done.correct
             there = done.host.valid.any(axis=1)
-            picked.append(scores[there].reshape(-1, self.samples))
-            truths.append(np.asarray(truth, np.float64)[there].reshape(-1, self.samples))
+            shape, first = (-1, self.settings.completions), int(self.settings.greedy)  # samples stand behind it
+            picked.append(scores[there].reshape(shape)[:, first:])
+            truths.append(np.asarray(truth, np.float64)[there].reshape(shape)[:, first:])
         scores, truth = np.concatenate(picked), np.concatenate(truths)
         better = better_answers(truth, np.ones(truth.shape, bool), by_place=False)
         mixed = better.any(axis=(1, 2))
@@ -243,7 +245,7 @@ class BestOfN:
             found = _with_interval("sample_accuracy", _unit_means(right, better)[mixed])
             metrics |= found | {name.replace("sample_accuracy", "score"): value for name, value in found.items()}
         n = 1
-        while n <= self.samples:
+        while n <= self.settings.samples:
             values = [best_of_n(s, n, t) for s, t in zip(scores, truth, strict=True)]
             metrics |= _with_interval(f"best_of_{n}", np.asarray(values))
             n *= 2

@@ -53,7 +53,7 @@ def _draw_completions(run: Run, stage: Stage, origin: str, policy: Params | None
     for split, evaluator in run.evaluators.items():
         policy = run.load_policy(origin) if policy is None else policy
         _, batches = evaluator.run(policy, run.progress.step)
-        run.best_of_n[split] = BestOfN(stage.forwards["reward_model"], batches, run.config.eval.samples)
+        run.best_of_n[split] = BestOfN(stage.forwards["reward_model"], batches, run.config.eval)
 
 
 def center_rewards(run: Run, stage: Stage, state: TrainState) -> TrainState:

@@ -161,7 +161,7 @@ def _decoded(stage: Stage) -> list[tuple[int, int, RolloutConfig]]:
     r = stage.config.rollout
     found = [(stage.config.rollout_rows // r.pieces, r.group_size, r)] if stage.online else []
     exact = replace(r, weights_dtype="compute", cache_dtype="compute")
-    evaluated = (config.eval.prompts_per_batch * config.eval.samples, config.eval.samples, exact)
+    evaluated = (config.eval.prompts_per_batch * config.eval.completions, config.eval.completions, exact)
     return found + ([evaluated] if evaluates else [])
 
 

@@ -155,6 +155,7 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.batch.pack=false", "--config.batch.row_length=64"], "row_length is not read"),
         (["--config.batch.minibatches=3"], "config.batch.minibatches 3 does not divide the 16 rows of a step"),
         (["--config.eval.samples=4"], "config.eval.samples is 4 and eval.temperature 0, which makes them all alike"),
+        (["--config.eval.greedy=true"], "config.eval.greedy does nothing at eval.temperature 0"),
         (["--config.profile_steps=1,20"], "config.profile_steps (1, 20) go past the 9 steps of the run"),
         (["--config.stages.warm_start.reward.names=gsm8k"], "config.stages.warm_start.reward.names is not read"),
         (["--config.stages.warm_start.data.test_rows=4"], "config.stages.warm_start.data.test_rows is not read"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rljax.evaluate import choice_metrics, score_metrics
+from rljax.evaluate import all_metrics, choice_metrics, score_metrics
 
 pytestmark = pytest.mark.fast
 
@@ -34,3 +34,14 @@ def test_the_score_is_the_share_of_right_ones_else_the_mean_reward():
     assert judged["pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 3)
     assert judged["score_low"] <= 0.25 <= judged["score_high"]
     assert score_metrics(rewards, np.full_like(CORRECT, -1))["score"] == pytest.approx(0.5)
+
+
+def test_a_greedy_completion_is_the_score_and_the_samples_are_counted_by_themselves():
+    # The first column is greedy: 1, 0, 0 of three. The samples: 1/3, 1/3, 0; pass@2 = 1 - C(2, 2)/C(3, 2) twice, and 0.
+    found = all_metrics(CORRECT * 2.0, CORRECT, greedy=True)
+    assert found["score"] == pytest.approx(1 / 3) and found["reward"] == pytest.approx(2 / 3)
+    assert found["sampled_score"] == pytest.approx(2 / 9) and found["samples"] == 3
+    assert found["pass_at_2"] == pytest.approx(2 * (2 / 3) / 3)
+    assert found["score_low"] <= 1 / 3 <= found["score_high"]
+    assert found["sampled_score_low"] <= 2 / 9 <= found["sampled_score_high"]
+    assert all_metrics(CORRECT * 2.0, CORRECT, greedy=False) == score_metrics(CORRECT * 2.0, CORRECT)

@@ -163,10 +163,13 @@ def test_a_run_that_was_left_goes_on_as_if_it_had_not(algo: str, tmp_path: Path,
 def test_a_reward_model_is_centred_exported_and_picks_among_samples(tmp_path: Path) -> None:
     """The mean score of the chosen answers is 0; transformers says the same, less the bias; best of 1 is the mean."""
     settings = {"critic.center_on": "chosen", "eval.samples": 4, "eval.temperature": 1.0, "data.train_rows": 16}
+    settings["eval.greedy"] = True
     config = offline_config("reward_model", tmp_path, **settings, **{"reward.names": ("tests.tiny:even_share",)})
     records = trained(config)
     final = [r for r in records if "eval/accuracy" in r][-1]
     assert {"eval/score", "eval/margin_low", "eval/ece", "eval/length_accuracy"} <= final.keys()
+    written = next(r for r in records if "eval/sampled_score" in r)
+    assert written["eval/samples"] == 4 and 0 <= written["eval/pass_at_4"] <= 1
     assert next(r["eval/best_of_1"] for r in records if "eval/best_of_1" in r) == final["eval/best_of_1"]
     assert 0 <= final["eval/best_of_4"] <= 1 and "eval/best_of_2_low" in final
 

@@ -2,7 +2,7 @@
 
 from rljax.config.build import algo_defaults, default_config, make_config, resolved
 from rljax.config.command_line import USAGE, Command, parse
-from rljax.config.fields import Config, ConfigError, DataConfig, RolloutConfig, StageConfig, identity_keys
+from rljax.config.fields import Config, ConfigError, DataConfig, EvalConfig, RolloutConfig, StageConfig, identity_keys
 
 __all__ = [
     "USAGE",
@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EvalConfig",
     "RolloutConfig",
     "StageConfig",
     "algo_defaults",

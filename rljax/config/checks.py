@@ -27,6 +27,10 @@ def check(config: Config) -> None:
             f"config.eval.samples is {config.eval.samples} and eval.temperature 0, which makes them all alike; "
             "set one of them"
         )
+    if config.eval.greedy and not config.eval.temperature:
+        raise ConfigError(
+            "config.eval.greedy does nothing at eval.temperature 0, where samples are greedy; set one of them"
+        )
     for number, name in enumerate(config.recipe):
         _check_stage(config.stage(name), config.key_of(name))
         _check_select(config, number)

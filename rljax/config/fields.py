@@ -189,9 +189,15 @@ class TextMixConfig:
 class EvalConfig:
     every_steps: Count = 0  # on dev; 0: before the first and after the last step only
     samples: Positive = 1  # completions a prompt; above 1 pass@k is reported too
-    temperature: Amount = 0.0  # 0 is greedy
+    temperature: Amount = 0.0  # of the samples; 0 is greedy
+    greedy: bool = False  # one more completion a prompt, a greedy one: the score is then its, pass@k the samples'
     prompts_per_batch: Positive = 64  # of one call of the sampler
     shown_prompts: Count = 4  # how many fixed prompts go to samples.jsonl
+
+    @property
+    def completions(self) -> int:
+        """Of a prompt: the greedy one first, then the samples."""
+        return self.samples + self.greedy
 
 
 @dataclass(frozen=True, kw_only=True)

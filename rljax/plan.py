@@ -98,7 +98,7 @@ def _print_stage(name: str, stage: Stage) -> None:
 
 def _print_rows(session: Session, source: Any) -> None:
     _, rows, _ = source.take(DataPosition(), min(SHOWN_PROMPTS, len(source)))
-    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows), strict=True):
+    for tokens, valid, *rest in zip(*(np.asarray(leaf) for leaf in rows if leaf is not None), strict=True):
         mask = np.zeros_like(valid) if isinstance(source, PromptSource) else rest[0]
         _print_row(session, tokens, valid, mask)
 

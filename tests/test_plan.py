@@ -186,18 +186,20 @@ def test_the_caches_by_hand():
     column = 4 * 2 * (2 // 2) * 16 * 4
     assert owners["completion cache"] == 16 * 64 * column
     assert owners["prompt cache"] == 4 * 64 * column
-    # kv heads fewer than tensor are there once for each shard.
-    owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,2,4"))}
-    assert owners["completion cache"] == 32 * 64 * column
-    assert owners["prompt cache"] == 8 * 64 * column
-    # int8: a head's row of 16 numbers and its scale, and weights of a byte with a scale an output channel.
+    # int8: a head's row of 16 numbers and its scale, and weights of a byte with a scale an output channel. Without
+    # evaluations, which are never rounded and would take more.
     int8 = {"rollout.weights_dtype": "int8", "rollout.cache_dtype": "int8", "algo.correction": "truncated"}
+    int8 |= {"data.dev": "", "data.test": "", "data.dev_rows": 0}
     rounded = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,4,2", **int8))}
-    assert rounded["completion cache"] == owners["completion cache"] // 2 * (16 + 4) // (16 * 4)
+    assert rounded["completion cache"] == owners["completion cache"] * (16 + 4) // (16 * 4)
     weights = 4 * (64 * 4 * 16 * 2 + 64 * 2 * 16 * 2 + 3 * 64 * 160)
     scales = 4 * (4 * 16 + 2 * 2 * 16 + 2 * 160) // 2 + 4 * (2 * 64)  # of what goes out over heads or the width
     saved = owners["decode weights"] - rounded["decode weights"]
     assert saved == weights // 2 * 3 - scales * 4
+    # kv heads fewer than tensor are there once for each shard.
+    owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,2,4"))}
+    assert owners["completion cache"] == 32 * 64 * column
+    assert owners["prompt cache"] == 8 * 64 * column
     # A fixed batch has a prompt's columns for every row.
     owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,4,2", **{"rollout.slots": 0}))}
     assert owners["prompt cache"] == owners["completion cache"] == (64 // 4) * 64 * column

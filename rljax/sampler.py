@@ -62,12 +62,14 @@ def make_generate(
     """
     rows = PartitionSpec(BATCH_AXES)
     shares = (1.0,) if mixture is None else (1 - mixture, mixture)
-    places = (quantized_shardings if weights_dtype == "int8" else param_shardings)(model, decode)
+    shardings = quantized_shardings if weights_dtype == "int8" else param_shardings
+    places = [shardings(model, layout) for layout in (train, decode)]
 
     def laid_out(params: Params) -> Params:
-        # Rounded before they travel to the decode mesh.
+        # Cast or rounded where they lie, so that what travels to the decode mesh is small.
         weights = cast(quantized(model, params) if weights_dtype == "int8" else params, dtype)
-        weights = jax.lax.with_sharding_constraint(weights, places)
+        for place in places:
+            weights = jax.lax.with_sharding_constraint(weights, place)
         return {**weights, "layers": by_layer(weights["layers"])} if decode.on_cpu else weights
 
     def generate(params: Any, prompts: Prompts, key: PRNGKeyArray, step_version: Array) -> Rollout:

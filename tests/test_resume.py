@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from jax.profiler import ProfileData
@@ -146,7 +147,7 @@ def test_an_unreadable_record_is_found_before_anything_is_written(tmp_path, aske
     before = (folder / "metrics.jsonl").read_bytes()
     config = make_config(tiny_config(**{"output_dir": str(folder), **EVERYTHING}))
     with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged \(.+\); delete it to go on from step 4"):
-        open_training(open_session(config))
+        open_training(open_session(config, jax.devices()[:1]))
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -168,7 +169,7 @@ def test_what_may_not_change_is_refused_by_name(asked_to_leave, key, value):
     before = (folder / "config.json").read_bytes()
     config = make_config(tiny_config(**{"output_dir": str(folder), **EVERYTHING, key: value}))
     with pytest.raises(ConfigMismatch, match=rf"belongs to another run: {key} is .+ there and {value} here"):
-        open_training(open_session(config))
+        open_training(open_session(config, jax.devices()[:1]))
     assert (folder / "config.json").read_bytes() == before
 
 

@@ -51,14 +51,14 @@ def collect(
             pieces=r.pieces,
         )
         if not mixed:
-            return done, position, row_metrics([done], r.group_size)
+            return done, position, row_metrics([done], r.group_size, stage.rival is not None)
         scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
         rounds.append(done)
         kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]
         if len(kept) >= r.prompts_per_step:
             break
     drawn = len(rounds) * r.prompts_per_step
-    metrics = row_metrics(rounds, r.group_size)
+    metrics = row_metrics(rounds, r.group_size, stage.rival is not None)
     metrics |= {"train/groups_kept": len(kept) / drawn, "train/rounds": float(len(rounds))}
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
 

@@ -62,8 +62,9 @@ _COMPARISONS = {
 }
 
 METRICS: dict[str, str] = {
-    "train/reward": "mean reward of the step's completions, all parts weighted and summed",
-    "train/reward_std": "standard deviation (biased) of those rewards",
+    "train/reward": "mean reward of the policy's completions of the step, all parts weighted and summed",
+    "train/reward_rival": "mean reward of those that a rival wrote (XPO: the reference; Nash-MD: the mixture)",
+    "train/reward_std": "standard deviation (biased) of all rewards of the step",
     "train/reward/{part}": "mean of one reward before its weight, or of its part name/part where a row has it",
     "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
     "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",

@@ -78,6 +78,11 @@ class Rival(NamedTuple):
     group_size: int  # completions of a prompt, whoever writes them
 
 
+def rival_rows(rows: int, group_size: int) -> np.ndarray:
+    """Which of a prompt's completions a rival writes: the second half, the smaller one of an odd number."""
+    return np.arange(rows) % group_size > (group_size - 1) // 2
+
+
 def complete(
     session: Session,
     generate: Generate,
@@ -97,9 +102,7 @@ def complete(
     """
     layout = session.train.rows
     owned = owned_rows(layout, len(rows), jax.process_index())
-    theirs = np.zeros(len(rows), bool)
-    if rival is not None:
-        theirs = np.arange(len(rows)) % rival.group_size > (rival.group_size - 1) // 2
+    theirs = np.zeros(len(rows), bool) if rival is None else rival_rows(len(rows), rival.group_size)
     writers = [Writer(generate, params, ~theirs)]
     writers += [] if rival is None else [Writer(rival.generate, rival.params, theirs)]
     written, reads, times = overlapped(
@@ -247,8 +250,11 @@ def decode_counts(done: Completions) -> tuple[int, int]:
     return int(host.decode_steps.max()), round(float(host.slot_steps.sum(dtype=np.float64)))
 
 
-def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, float]:
-    """What a step's completions look like, whatever the algorithm: all of them, kept by dynamic sampling or not."""
+def row_metrics(rounds: Sequence[Completions], group_size: int, rivals: bool = False) -> dict[str, float]:
+    """What a step's completions look like, whatever the algorithm: all of them, kept by dynamic sampling or not.
+
+    Where ``rivals`` wrote some of them the mean reward is that of the policy's own.
+    """
 
     def joined(column: Callable[[Completions], np.ndarray]) -> np.ndarray:
         return np.concatenate([column(done) for done in rounds])
@@ -256,8 +262,9 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
     rewards, lengths, correct = joined(lambda d: d.rewards), joined(lambda d: d.lengths), joined(lambda d: d.correct)
     nats = -sum(done.host.behavior_logprobs.sum() for done in rounds)
     steps, slot_steps = zip(*map(decode_counts, rounds), strict=True)
+    own = ~rival_rows(len(rewards), group_size) if rivals else np.ones(len(rewards), bool)
     metrics = {
-        "train/reward": rewards.mean(),
+        "train/reward": rewards[own].mean(),
         "train/reward_std": rewards.std(),
         "train/completion_length": lengths.mean(),
         "train/completion_length_max": lengths.max(),
@@ -267,6 +274,8 @@ def row_metrics(rounds: Sequence[Completions], group_size: int) -> dict[str, flo
         "rollout/decode_steps": sum(steps),
         "rollout/occupied_slot_share": lengths.sum() / max(sum(slot_steps), 1),
     }
+    if rivals:
+        metrics["train/reward_rival"] = rewards[~own].mean()
     for name in dict.fromkeys(name for done in rounds for name in done.parts):
         values = np.concatenate([done.part(name) for done in rounds])
         metrics[f"train/reward/{name}"] = values[~np.isnan(values)].mean()

@@ -100,8 +100,12 @@ class RefillPlan:
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
 
     def entries(self, groups: int) -> int:
-        """Prompts at hand at once: all that the slots can be at, and the next; of ``groups`` in all."""
-        return min(groups, self.slots if self.group == 1 else -(-self.slots // self.group) + 1)
+        """Prompts at hand at once, of ``groups`` in all.
+
+        Twice what full groups would take and the next: an entry stays until the longest answer of its group has ended,
+        and slots that wait for one are idle.
+        """
+        return min(groups, self.slots if self.group == 1 else 2 * -(-self.slots // self.group) + 1)
 
     def prefilled(self, groups: int) -> int:
         """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""

@@ -199,6 +199,11 @@ class EvalConfig:
         """Of a prompt: the greedy one first, then the samples."""
         return self.samples + self.greedy
 
+    @property
+    def score_temperature(self) -> float:
+        """Of the completions that the score is of."""
+        return 0.0 if self.greedy else self.temperature
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -73,7 +73,7 @@ _COMPARISONS = {
 METRICS: dict[str, str] = {
     "train/reward": "mean reward of the policy's completions of the step, all parts weighted and summed",
     "train/reward_rival": "mean reward of those that a rival wrote (XPO: the reference; Nash-MD: the mixture)",
-    "train/reward_std": "standard deviation (biased) of all rewards of the step",
+    "train/reward_std": "standard deviation (biased) of the policy's rewards",
     "train/reward/{part}": "mean of one reward before its weight, or of its part name/part where a row has it",
     "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
     "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",
@@ -322,7 +322,8 @@ far, over all stages; 0 is before the first) and `phase` (the stage of the recip
 where it has no meaning. A value that is not finite is `null`, and `nonfinite` counts those of the line. A step stands
 in the file once, also after kills and resumptions. Keys under `time/`, `speed/` and `memory/` and those that end in
 `/seconds` are measured; all others are the same, bit for bit, in every run of one config on the same mesh and versions.
-Shares go from 0 to 1; logarithms are natural.
+Shares go from 0 to 1; logarithms are natural. Where a rival writes half of a step's completions (XPO, Nash-MD), what
+`train/` says of completions is said of the policy's own.
 
 ```python
 import pandas as pd

@@ -155,11 +155,11 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.reward.weights=1,2"], "config.reward: 1 names and 2 weights"),
         (
             ["--config.reward.names=even_share", "--config.reward.options.even_shar.x=1"],
-            "even_shar: no reward of config.reward.names; did you mean 'even_share'?",
+            "even_shar: no reward of reward.names; did you mean 'even_share'?",
         ),
         (
             ["--config.reward.names=a.b:f,c.d:f", "--config.reward.options.f.x=1"],
-            "config.reward.options.f: two rewards of config.reward.names have that name",
+            "config.reward.options.f: two rewards of reward.names have that name",
         ),
         (["--config.reward.names=gsm8k", "--config.reward.options.gsm8k=1"], "is 1; it is a group of options"),
         (["--config.algo.kl_coef=0", "--config.reference_ema=0.9"], "config.reference_ema does nothing"),

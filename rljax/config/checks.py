@@ -1,8 +1,8 @@
 """Combinations of settings that cannot work, found before anything is loaded."""
 
 from rljax.algos import Algorithm
-from rljax.config.errors import ConfigError, nearest
-from rljax.config.fields import Config, RewardConfig, StageConfig, reward_key
+from rljax.config.errors import ConfigError
+from rljax.config.fields import Config, RewardConfig, StageConfig
 from rljax.optim import make_schedule
 
 FROZEN = {"guide_from": "guide_logprobs", "teacher_from": "teacher_topk"}
@@ -121,12 +121,7 @@ def _check_rewards(reward: RewardConfig) -> None:
     """The rewards of all stages, as far as their names say."""
     if reward.weights and len(reward.weights) != len(reward.names):
         raise ConfigError(f"config.reward: {len(reward.names)} names and {len(reward.weights)} weights")
-    keys = [reward_key(name) for name in reward.names]
     for key, options in reward.options.items():
-        if key not in keys:
-            raise ConfigError(f"config.reward.options.{key}: no reward of config.reward.names{nearest(key, keys)}")
-        if keys.count(key) > 1:
-            raise ConfigError(f"config.reward.options.{key}: two rewards of config.reward.names have that name")
         if not isinstance(options, dict):
             raise ConfigError(f"config.reward.options.{key} is {options!r}; it is a group of options")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 from rljax.algos import ALGOS, Algorithm
+from rljax.config.errors import nearest
 from rljax.optim import OptimConfig
 
 
@@ -132,11 +133,6 @@ class RolloutConfig:
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
-def reward_key(name: str) -> str:
-    """Under which key of ``reward.options`` a reward's stand: keys have no dots."""
-    return name.rpartition(":")[2]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     names: tuple[str, ...] = ()  # rewards by name, or package.module:function
@@ -151,8 +147,16 @@ class RewardConfig:
     discard_failed: bool = False  # a sample whose reward raised or hung trains nothing
     permute: bool = False  # a control: rewards shuffled over the batch; nothing may be learnt
 
-    def options_of(self, name: str) -> dict[str, Any]:
-        return self.options.get(reward_key(name), {})
+    def __post_init__(self) -> None:
+        # In a config file a key has no dots: options of package.module:function stand under the function.
+        keys = [name.rpartition(":")[2] for name in self.names]
+        for key in self.options:
+            if key not in (*keys, *self.names):
+                raise ValueError(f"reward.options.{key}: no reward of reward.names{nearest(key, keys)}")
+            if keys.count(key) > 1:
+                raise ValueError(f"reward.options.{key}: two rewards of reward.names have that name")
+        full = dict(zip(keys, self.names, strict=True))
+        object.__setattr__(self, "options", {full.get(key, key): value for key, value in self.options.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

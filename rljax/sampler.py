@@ -90,24 +90,39 @@ def make_generate(
             axis_names=set(BATCH_AXES),
             check_vma=False,
         )
-        tokens, logprobs, support, sampled, finished, steps, slot_steps = shard(weights, prompts, key)
-        rollout = Rollout(
-            tokens=tokens,
-            valid=sampled | jnp.pad(prompts.valid, ((0, 0), (0, sampling.max_new_tokens))),
-            loss_mask=sampled,
-            behavior_logprobs=logprobs,
-            support=support,
-            finish_reason=jnp.where(finished, FINISH_END, FINISH_LENGTH),
-            prompt_id=prompts.prompt_id,
-            sample_id=prompts.sample_id,
-            group_id=prompts.prompt_id,
-            step_version=jnp.full_like(prompts.prompt_id, step_version),
-            decode_steps=steps,
-            slot_steps=slot_steps,
-        )
+        rollout = _as_rollout(prompts, step_version, *shard(weights, prompts, key))
         return jax.lax.with_sharding_constraint(rollout, train.rows)
 
     return jax.jit(generate)
+
+
+def _as_rollout(
+    prompts: Prompts,
+    step_version: Int[Array, ""],
+    tokens: Int[Array, "b t"],
+    logprobs: Float[Array, "b t"],
+    support: Float[Array, "b t"],
+    sampled: Bool[Array, "b t"],
+    finished: Bool[Array, " b"],
+    decode_steps: Array,
+    slot_steps: Array,
+) -> Rollout:
+    """What either way of decoding gives."""
+    budget = tokens.shape[1] - prompts.tokens.shape[1]
+    return Rollout(
+        tokens=tokens,
+        valid=sampled | jnp.pad(prompts.valid, ((0, 0), (0, budget))),
+        loss_mask=sampled,
+        behavior_logprobs=logprobs,
+        support=support,
+        finish_reason=jnp.where(finished, FINISH_END, FINISH_LENGTH),
+        prompt_id=prompts.prompt_id,
+        sample_id=prompts.sample_id,
+        group_id=prompts.prompt_id,
+        step_version=jnp.full_like(prompts.prompt_id, step_version),
+        decode_steps=decode_steps,
+        slot_steps=slot_steps,
+    )
 
 
 def decode_batch(
@@ -122,7 +137,6 @@ def decode_batch(
     key: PRNGKeyArray,
 ) -> tuple[Array, ...]:
     """The plain path: a fixed batch, one column of the cache a step, until every row has ended."""
-    c = model.config
     b, p = prompts.tokens.shape
     budget = sampling.max_new_tokens
     keys = jax.vmap(partial(request_key, key))(prompts.prompt_id, prompts.sample_id)
@@ -132,24 +146,10 @@ def decode_batch(
     end_ids = jnp.asarray(sampling.end_ids, jnp.int32)
     greedy = prompts.sample_id < sampling.greedy_samples if sampling.greedy_samples else None
     budgets = budget if prompts.max_new_tokens is None else prompts.max_new_tokens
-
-    def run(tokens: Array, positions: Array, attend: Any, caches: tuple) -> tuple[tuple[Array, ...], tuple]:
-        """Every model's last hidden state and its cache."""
-        found = [
-            forward(model, layout, tree, tokens, positions, attend, cache, dtype=dtype)
-            for tree, cache in zip(params, caches, strict=True)
-        ]
-        return tuple(hidden[:, -1] for hidden, _ in found), tuple(cache for _, cache in found)
-
-    def new_cache() -> Any:
-        cache = empty_cache(model, layout, b, p + budget, cache_dtype)
-        return by_layer(cache) if layout.on_cpu else cache
-
-    caches = tuple(new_cache() for _ in shares)
-    seen = visibility(positions, positions, segments, segments, c.sliding_window)
-    attend = cached_attend(0, seen, layout, c.attention_scale)
-    first, caches = run(prompts.tokens, positions, attend, caches)
-    wide = wide_dtype(dtype)
+    read = partial(_read, model, layout, params, dtype)
+    seen = partial(visibility, window=model.config.sliding_window)
+    caches = tuple(_new_cache(model, layout, b, p + budget, cache_dtype) for _ in shares)
+    first, caches = read(prompts.tokens, positions, 0, seen(positions, positions, segments, segments), caches)
     key_positions = jnp.concatenate([positions, lengths[:, None] + jnp.arange(budget)], axis=1)
 
     def step(s: DecodeState) -> DecodeState:
@@ -166,9 +166,8 @@ def decode_batch(
         position = lengths + s.step
         columns = jnp.arange(p + budget)
         written = jnp.concatenate([segments, jnp.ones((b, budget), jnp.int32)], axis=1) * (columns <= p + s.step)
-        seen = visibility(position[:, None], key_positions, jnp.ones((b, 1), jnp.int32), written, c.sliding_window)
-        attend = cached_attend(p + s.step, seen, layout, c.attention_scale)
-        hidden, caches = run(token[:, None], position[:, None], attend, s.caches)
+        visible = seen(position[:, None], key_positions, jnp.ones((b, 1), jnp.int32), written)
+        hidden, caches = read(token[:, None], position[:, None], p + s.step, visible, s.caches)
         return DecodeState(
             step=s.step + 1,
             tokens=write(s.tokens, token, 0),
@@ -181,7 +180,15 @@ def decode_batch(
             caches=caches,
         )
 
-    start = DecodeState(
+    start = _start(prompts, budget, wide_dtype(dtype), first, caches)
+    end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)
+    return end.tokens, end.logprobs, end.support, end.sampled, end.finished, *step_counts(b, end.step, end.step * b)
+
+
+def _start(prompts: Prompts, budget: int, wide: Any, hidden: tuple[Array, ...], caches: tuple[Any, ...]) -> DecodeState:
+    """Prompts that have been read, and room for ``budget`` tokens."""
+    b, p = prompts.tokens.shape
+    return DecodeState(
         step=jnp.int32(0),
         tokens=jnp.pad(prompts.tokens, ((0, 0), (0, budget))),
         logprobs=jnp.zeros((b, p + budget), wide),
@@ -189,8 +196,31 @@ def decode_batch(
         sampled=jnp.zeros((b, p + budget), bool),
         running=jnp.any(prompts.valid, axis=-1),  # a row without a prompt fills up the batch
         finished=jnp.zeros(b, bool),
-        hidden=first,
+        hidden=hidden,
         caches=caches,
     )
-    end = jax.lax.while_loop(lambda s: (s.step < budget) & jnp.any(s.running), step, start)
-    return end.tokens, end.logprobs, end.support, end.sampled, end.finished, *step_counts(b, end.step, end.step * b)
+
+
+def _new_cache(model: Model, layout: Layout, rows: int, columns: int, dtype: Any) -> Any:
+    cache = empty_cache(model, layout, rows, columns, dtype)
+    return by_layer(cache) if layout.on_cpu else cache
+
+
+def _read(
+    model: Model,
+    layout: Layout,
+    params: tuple[Params, ...],
+    dtype: Any,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    column: Any,
+    visible: Array,
+    caches: tuple[Any, ...],
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    """Every model's last hidden state behind ``tokens``, and its cache with them from ``column`` on."""
+    attend = cached_attend(column, visible, layout, model.config.attention_scale)
+    found = [
+        forward(model, layout, tree, tokens, positions, attend, cache, dtype=dtype)
+        for tree, cache in zip(params, caches, strict=True)
+    ]
+    return tuple(hidden[:, -1] for hidden, _ in found), tuple(cache for _, cache in found)

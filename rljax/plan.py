@@ -66,7 +66,7 @@ def dry_run(session: Session) -> None:
     train, decode = (dict(layout.mesh.shape) for layout in (session.train, session.decode))
     kind = session.train.mesh.devices.flat[0].device_kind
     print(f"model: {parameter_count(session.model):,} parameters, {session.model.config}")
-    print(f"mesh: training {train}, rollouts {decode}, {session.train.mesh.size} devices ({kind})")
+    print(f"mesh: training {train}, rollouts {decode}, {session.train.mesh.size} x {kind}")
     for split, source in ({split: e.source for split, e in evaluators.items()} | comparisons).items():
         print(f"{split}: {source.kept}")
     ends = (f"{i} {session.tokenizer.hf.convert_ids_to_tokens(i)!r}" for i in session.tokenizer.end_ids)
@@ -310,7 +310,7 @@ def _check_memory(config: Config, name: str, owners: list[Owner]) -> None:
     if limit and total > limit:
         largest = sorted((o for o in owners if o.when in PHASES[phase]), key=lambda o: -o.bytes)[:2]
         raise PlanError(
-            f"stage {name} needs about {total / GIB:.1f} GiB a device in {phase} and there are {limit / GIB:.1f}, "
-            f"most of it for {' and '.join(f'{o.name} ({o.bytes / GIB:.1f})' for o in largest)}; use more devices, "
+            f"stage {name} needs about {total / GIB:.3g} GiB a device in {phase} and there are {limit / GIB:.3g}, "
+            f"most of it for {' and '.join(f'{o.name} ({o.bytes / GIB:.3g})' for o in largest)}; use more devices, "
             "a larger tensor degree, fewer rows a step or a micro-batch, or model.remat=block"
         )

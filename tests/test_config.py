@@ -182,6 +182,7 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.tokenizer.path="], "config.tokenizer.path is not set"),
         (["--configs.steps=3"], "--configs.steps is not a flag; did you mean --config?"),
         (["--dry-run"], "--dry-run is not a flag; did you mean --dry_run?"),
+        (["--dry_run", "--print_config"], "--print_config and --dry_run are two commands; give one of them"),
         (["--dry_run=false"], "--dry_run takes no value"),
         (["-config.steps=3"], "'-config.steps' is not a flag; settings are given as --config.key=value"),
         (["junk"], "'junk' is not a flag; settings are given as --config.key=value"),
@@ -233,7 +234,7 @@ def test_a_config_file_that_does_not_run_is_named_with_its_line(tmp_path, body, 
 def test_a_missing_config_file_names_its_neighbour():
     with pytest.raises(ConfigError, match=r"there is no config file .*tinny\.py; did you mean .*tiny\.py\?"):
         parse(["--config", TINY.replace("tiny.py", "tinny.py")])
-    with pytest.raises(ConfigError, match="it is a Python file with get_config"):
+    with pytest.raises(ConfigError, match="README.md is no config file; that is a Python file with get_config"):
         parse(["--config", "README.md"])
     with pytest.raises(ConfigError, match="--config is not set"):
         parse([])

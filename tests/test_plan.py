@@ -67,7 +67,7 @@ def test_a_plan_above_the_memory_of_the_device_is_refused(planned):
     code, out, err = planned(*TINY, "--config.device_memory_gib=0.0001")
     assert code == 2
     assert re.fullmatch(
-        r"error: stage warm_start needs about .* GiB a device in update and there are 0\.0, .* model\.remat=block\n",
+        r"error: stage warm_start needs about .* GiB a device in update and there are 0\.0001, .* model\.remat=block\n",
         err,
     )
     assert "activations" in out  # the plan itself is shown first

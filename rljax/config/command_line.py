@@ -41,6 +41,8 @@ class Command(NamedTuple):
 def parse(arguments: Sequence[str]) -> Command:
     """What a command line (without the program's name) asks for. Raises ConfigError, one sentence."""
     file, overrides, switches = _split(arguments)
+    if len(switches) > 1:
+        raise ConfigError("--print_config and --dry_run are two commands; give one of them")
     if not file:
         raise ConfigError("--config is not set; name a file such as configs/quickstart.py")
     values = load_config_file(file)
@@ -91,10 +93,11 @@ def load_config_file(path: str) -> dict[str, Any]:
     path = f"{path}.py" if variant else path
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        beside = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        close = difflib.get_close_matches(path, beside, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; it is a Python file with get_config()"
-        raise ConfigError(f"--config: there is no config file {path}{hint}")
+        others = [str(other) for folder in (file.parent, Path("configs")) for other in folder.glob("*.py")]
+        close = difflib.get_close_matches(path, others, n=1) or [o for o in others if Path(o).stem == path]
+        hint = f"; did you mean {close[0]}?" if close else "; that is a Python file with get_config()"
+        what = f"{path} is no config file" if file.exists() else f"there is no config file {path}"
+        raise ConfigError(f"--config: {what}{hint}")
     spec = importlib.util.spec_from_file_location("rljax_config_file", file)
     assert spec is not None and spec.loader is not None  # it is a .py file
     module = importlib.util.module_from_spec(spec)

@@ -234,7 +234,7 @@ def test_a_config_file_that_does_not_run_is_named_with_its_line(tmp_path, body, 
 def test_a_missing_config_file_names_its_neighbour():
     with pytest.raises(ConfigError, match=r"there is no config file .*tinny\.py; did you mean .*tiny\.py\?"):
         parse(["--config", TINY.replace("tiny.py", "tinny.py")])
-    with pytest.raises(ConfigError, match="README.md is no config file; that is a Python file with get_config"):
+    with pytest.raises(ConfigError, match=r"README\.md is no config file; that is a Python file with get_config"):
         parse(["--config", "README.md"])
     with pytest.raises(ConfigError, match="--config is not set"):
         parse([])

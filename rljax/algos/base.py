@@ -34,6 +34,8 @@ class Algorithm(NamedTuple):
         policy: 1 is the reference itself.
     greedy_samples: so many of a prompt's completions, its first, are decoded greedily.
     critic_outputs: numbers that a critic's head gives at a position.
+    critic_ema: decay, an optimizer step, of a running mean of the critic's weights, which reads every rollout beside it
+        (``ema_values``) and moves after its updates; 0 keeps none.
     """
 
     needs: frozenset[str]
@@ -49,6 +51,7 @@ class Algorithm(NamedTuple):
     rival_mixture: float | None = None
     greedy_samples: int = 0
     critic_outputs: int = 1
+    critic_ema: float = 0.0
 
 
 def no_state() -> tuple[()]:

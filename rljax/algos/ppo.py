@@ -1,7 +1,8 @@
 """PPO (1707.06347) with a critic, as RLHF has it: the score on the last token, the KL in the reward, GAE.
 
 Tulu 2.5 (2406.09279), Tulu 3 (2411.15124) and the TL;DR reproduction (2403.17031) are settings of this file. RTO and
-PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, scale_by_percentile.
+PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, value_ema_coef,
+scale_by_percentile, and ``rollout.unimix``.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_ema, critic_outputs, value_terms
 from rljax.algos.policy import (
     PolicyConfig,
     aggregation_of,
@@ -100,7 +101,7 @@ def make(
         raw = advantages
         if config.whiten_advantages == "rollout":
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
-        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        batch = policy_batch(config, experience, advantages) | critic_batch(config, experience, values, returns)
         batch |= {"raw_advantages": raw, "kl_coef": jnp.broadcast_to(coef, mask.shape[:1])}
         return state, jax.lax.stop_gradient(batch)
 
@@ -142,4 +143,5 @@ def make(
         loss=loss,
         trains=("policy", "critic"),
         critic_outputs=critic_outputs(config),
+        critic_ema=critic_ema(config),
     )

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_ema, critic_outputs, value_terms
 from rljax.algos.policy import (
     PolicyConfig,
     aggregation_of,
@@ -60,7 +60,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             rho_clip=config.rho_clip,
             c_clip=config.c_clip,
         )
-        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        batch = policy_batch(config, experience, advantages) | critic_batch(config, experience, values, returns)
         return state, jax.lax.stop_gradient(batch)
 
     def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
@@ -77,4 +77,5 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         loss=loss,
         trains=("policy", "critic"),
         critic_outputs=critic_outputs(config),
+        critic_ema=critic_ema(config),
     )

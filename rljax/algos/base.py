@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rljax.types import Experience, Outputs, Term
+from rljax.types import Experience, Outputs, Rollout, Term
 
 # Arrays of one leading row axis; ``tokens``, ``valid`` and ``loss_mask`` are always among them.
 Batch = dict[str, Array]
@@ -52,6 +52,17 @@ class Algorithm(NamedTuple):
     greedy_samples: int = 0
     critic_outputs: int = 1
     critic_ema: float = 0.0
+
+
+def rollout_batch(rollout: Rollout) -> Batch:
+    """What a batch has of the rollout that it is made of."""
+    return {
+        "tokens": rollout.tokens,
+        "valid": rollout.valid,
+        "loss_mask": rollout.loss_mask,
+        "support": rollout.support,
+        "behavior_logprobs": rollout.behavior_logprobs,
+    }
 
 
 def no_state() -> tuple[()]:

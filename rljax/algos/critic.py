@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rljax.algos.base import Batch
+from rljax.algos.base import Algorithm, Batch
 from rljax.losses.masked import count_tokens, masked_sum, masked_var, zero_masked
 from rljax.losses.value import (
     clipped_value_loss,
@@ -36,16 +36,16 @@ class CriticLossConfig:
     value_ema_decay: float = 0.98  # of that mean, an optimizer step (2301.04104); it moves after each rollout
 
 
-def critic_outputs(config: CriticLossConfig) -> int:
-    """How many numbers the critic's head gives at a position."""
-    return config.value_bins if config.value_loss == "two_hot" else 1
-
-
-def critic_ema(config: CriticLossConfig) -> float:
-    """The decay of the critic's running mean; 0 where none is read. Raises ValueError for one that is no mean."""
+def with_critic(config: CriticLossConfig, algorithm: Algorithm) -> Algorithm:
+    """With a critic beside the policy, whose loss is part of it already. Raises ValueError for a decay of no mean."""
     if config.value_ema_coef and not 0 < config.value_ema_decay < 1:
         raise ValueError(f"value_ema_decay is {config.value_ema_decay}; a running mean has one between 0 and 1")
-    return config.value_ema_decay if config.value_ema_coef else 0.0
+    return algorithm._replace(
+        needs=algorithm.needs | {"values"},
+        trains=("policy", "critic"),
+        critic_outputs=config.value_bins if config.value_loss == "two_hot" else 1,
+        critic_ema=config.value_ema_decay if config.value_ema_coef else 0.0,
+    )
 
 
 def as_value(config: CriticLossConfig, values: Float[Array, "*s"] | Float[Array, "*s n"]) -> Float[Array, "*s"]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,8 @@ def make_rows(
     words_from: str = "continuation",
     min_sentences: int = 0,
     keep_space: bool = True,
-    instruction: str = "",
-    arguments: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows ``prompt`` (a story's opening), ``words`` and ``sentences`` (required), ``continuation``, ``corpus`` (path).
-
-    With an ``instruction`` (an id of ``rewards.ifeval``, its ``arguments`` beside it) every row asks for that as well.
 
     ``path`` is one TinyStories file, or several with commas. The words stand in the real continuation and at least
     ``min_occurrences`` times in the files; with ``words_from`` "continuation" they are new there, with "opening" they
@@ -62,8 +58,6 @@ def make_rows(
     """
     if split not in SPLITS:
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
-    if arguments and not instruction:
-        raise ValueError(f"stories have arguments {dict(arguments)} and no instruction to take them; name one")
     if words_from not in ("continuation", "opening", "hero"):
         raise ValueError(f"stories take words_from the continuation, the opening or the hero, not {words_from!r}")
     stories: dict[str, None] = {}
@@ -103,8 +97,7 @@ def make_rows(
     if count is not None and count > len(rows):
         raise ValueError(f"{path} gives {len(rows)} story prompts in split {split!r}, not {count}; ask for fewer")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
-    asked = {"instruction_id_list": [instruction], "kwargs": [dict(arguments or {})]} if instruction else {}
-    values = [row | asked for row in rows.values()]
+    values = list(rows.values())
     return [values[i] for i in order]
 
 

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, PromptSource, repeat_prompts
-from rljax.rewards.estimates import bootstrap_interval, maj_at_k, pass_at_k, rerank_at_k
+from rljax.rewards.estimates import maj_at_k, pass_at_k, rerank_at_k, with_interval
 from rljax.rewards.runner import RewardRunner
 from rljax.rollouts import Completions, ModelReward, complete
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session
 from rljax.sharding import agree_text
-
-BOOTSTRAP_SEED = 0
 
 
 @dataclass
@@ -28,8 +26,14 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         config, session = self.session.config, self.session
-        drawn = {"temperature": config.eval.temperature, "greedy_samples": int(config.eval.greedy)}
-        sampling = replace(session.sampling(config), **drawn, top_k=0, top_p=1.0, min_p=0.0)
+        sampling = replace(
+            session.sampling(config),
+            temperature=config.eval.temperature,
+            greedy_samples=int(config.eval.greedy),
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+        )
         shards = max(session.train.data_shards, session.decode.data_shards)
         self._prompts_per_batch = -(-min(config.eval.prompts_per_batch, len(self.source)) // shards) * shards
         samples = config.eval.completions
@@ -80,7 +84,9 @@ class Evaluator:
         metrics |= {
             "completion_length": float(np.concatenate(lengths).mean()),
             "truncated": float(1 - np.concatenate(finished).mean()),
+            "score_temperature": settings.score_temperature,
             "temperature": settings.temperature,
+            "max_new_tokens": self.session.config.rollout.max_new_tokens,
             "seconds": sum(done.times.rollout + done.times.reward for done in batches),
         }
         return metrics, batches
@@ -99,24 +105,17 @@ def all_metrics(rewards: np.ndarray, correct: np.ndarray, greedy: bool) -> dict[
 
 
 def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """``score``: the share of right completions where every one is judged, else the mean reward; with its interval.
+    """``score``: the share of right completions where every one is judged, else the mean reward; then pass@k too.
 
-    ``rewards`` and ``correct`` are [problems, samples]; the 95 % interval is a bootstrap over problems.
+    ``rewards`` and ``correct`` are [problems, samples]; each has its 95 % interval, a bootstrap over problems.
     """
     judged = bool((correct >= 0).all())
-    per_problem = (correct if judged else rewards).mean(axis=1)
-    interval = bootstrap_interval(per_problem, seed=BOOTSTRAP_SEED)
-    metrics = {
-        "score": float(per_problem.mean()),
-        "score_low": interval.low,
-        "score_high": interval.high,
-        "n": len(per_problem),
-        "samples": rewards.shape[1],
-        "reward": float(rewards.mean()),
-    }
+    problems, samples = rewards.shape
+    metrics = with_interval("score", (correct if judged else rewards).mean(axis=1))
+    metrics |= {"n": problems, "samples": samples, "reward": float(rewards.mean())}
     k = 2
-    while judged and k <= rewards.shape[1]:
-        metrics[f"pass_at_{k}"] = float(np.mean([pass_at_k(rewards.shape[1], int(c), k) for c in correct.sum(axis=1)]))
+    while judged and k <= samples:
+        metrics |= with_interval(f"pass_at_{k}", [pass_at_k(samples, int(c), k) for c in correct.sum(axis=1)])
         k *= 2
     return metrics
 
@@ -128,12 +127,13 @@ def choice_metrics(correct: np.ndarray, answers: list[list[str | None]], ranks: 
     """
     if not answers or (correct < 0).any():
         return {}
-    metrics, k = {}, correct.shape[1]
+    metrics: dict[str, float] = {}
+    k = correct.shape[1]
     if any(answer is not None for given in answers for answer in given):
-        metrics[f"maj_at_{k}"] = float(np.mean([maj_at_k(*pair) for pair in zip(answers, correct == 1, strict=True)]))
+        metrics |= with_interval(f"maj_at_{k}", [maj_at_k(*pair) for pair in zip(answers, correct == 1, strict=True)])
     if ranks is not None:
-        metrics[f"rerank_at_{k}"] = float(
-            np.mean([rerank_at_k(*pair) for pair in zip(ranks, correct == 1, strict=True)])
+        metrics |= with_interval(
+            f"rerank_at_{k}", [rerank_at_k(*pair) for pair in zip(ranks, correct == 1, strict=True)]
         )
     return metrics
 

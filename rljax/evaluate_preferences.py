@@ -15,7 +15,7 @@ from rljax.config import EvalConfig
 from rljax.data.batches import DataPosition
 from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
 from rljax.models.decoder import Params
-from rljax.rewards.estimates import best_of_n, bootstrap_interval
+from rljax.rewards.estimates import best_of_n, with_interval
 from rljax.rollouts import Completions
 from rljax.sharding import gather, to_global
 
@@ -206,13 +206,12 @@ def calibration_error(logits: Float[np.ndarray, " n"], right: Float[np.ndarray, 
     return sum(gaps) / len(logits)
 
 
+def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+    return with_interval(name, values, resamples=RESAMPLES)
+
+
 def _unit_means(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return (values * mask).sum(axis=(1, 2)) / np.maximum(mask.sum(axis=(1, 2)), 1)
-
-
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    interval = bootstrap_interval(values, resamples=RESAMPLES)
-    return {name: float(values.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 class BestOfN:

@@ -18,23 +18,32 @@ from rljax.runs import JsonLines
 from rljax.trackers import Tracker, open_tracker
 
 # Of a split: "eval" is the test split, read at start and end only; "dev" chooses the checkpoint to keep.
-_SCORES = {
+# These have the ends of their interval beside them, as name_low and name_high.
+_WITH_INTERVAL = {
     "score": "the held-out measure: share of right completions, or mean reward where nothing is judged right or wrong",
-    "score_low": "lower end of its 95 % bootstrap interval over problems",
-    "score_high": "upper end of its 95 % bootstrap interval over problems",
-    "n": "problems, count",
-    "samples": "completions a problem, a greedy one beside them not counted",
     "sampled_score": "the measure of the samples, where the score is that of greedy completions (eval.greedy)",
-    "sampled_score_low": "lower end of its 95 % bootstrap interval over problems",
-    "sampled_score_high": "upper end of its 95 % bootstrap interval over problems",
-    "temperature": "sampling temperature of this evaluation's samples; 0 is greedy",
-    "reward": "mean reward",
     "pass_at_{k}": "unbiased estimate of the share of problems that k samples solve (2107.03374)",
     "maj_at_{k}": "share of problems whose commonest answer among k samples is right; equal votes share the verdict",
     "rerank_at_{k}": "share of problems whose sample with the reward model's highest score among k is right",
-    "majority_at_{k}": "share of problems whose most frequent answer of k samples is right",
-    "completion_length": "mean completion, tokens, end token included",
-    "truncated": "share of completions that used up the budget without an end token",
+}
+_ENDS = {
+    "low": "lower end of its 95 % bootstrap interval over problems",
+    "high": "upper end of its 95 % bootstrap interval over problems",
+}
+_SCORES = {
+    **{
+        key: text
+        for name, meaning in _WITH_INTERVAL.items()
+        for key, text in ((name, meaning), *((f"{name}_{end}", told) for end, told in _ENDS.items()))
+    },
+    "n": "problems that each of these is over, count",
+    "score_temperature": "sampling temperature of the completions that the score is of; 0 is greedy",
+    "temperature": "sampling temperature of the samples: of pass@k, maj@k, rerank@k and the sampled score; 0 is greedy",
+    "samples": "completions a problem, a greedy one beside them not counted",
+    "max_new_tokens": "budget of a completion, tokens; nothing else cuts the distribution that is sampled from",
+    "reward": "mean reward of the completions that the score is of",
+    "completion_length": "mean completion, greedy ones and samples, tokens, end token included",
+    "truncated": "share of those that used up the budget without an end token",
     "seconds": "seconds it took; measured",
 }
 
@@ -64,7 +73,7 @@ _COMPARISONS = {
 METRICS: dict[str, str] = {
     "train/reward": "mean reward of the policy's completions of the step, all parts weighted and summed",
     "train/reward_rival": "mean reward of those that a rival wrote (XPO: the reference; Nash-MD: the mixture)",
-    "train/reward_std": "standard deviation (biased) of all rewards of the step",
+    "train/reward_std": "standard deviation (biased) of the policy's rewards",
     "train/reward/{part}": "mean of one reward before its weight, or of its part name/part where a row has it",
     "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
     "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",
@@ -314,7 +323,8 @@ far, over all stages; 0 is before the first) and `phase` (the stage of the recip
 where it has no meaning. A value that is not finite is `null`, and `nonfinite` counts those of the line. A step stands
 in the file once, also after kills and resumptions. Keys under `time/`, `speed/` and `memory/` and those that end in
 `/seconds` are measured; all others are the same, bit for bit, in every run of one config on the same mesh and versions.
-Shares go from 0 to 1; logarithms are natural.
+Shares go from 0 to 1; logarithms are natural. Where a rival writes half of a step's completions (XPO, Nash-MD), what
+`train/` says of completions is said of the policy's own.
 
 ```python
 import pandas as pd

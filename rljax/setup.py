@@ -173,7 +173,10 @@ def make_runner(config: Config) -> RewardRunner | None:
     if not r.names:
         return None
     weights = r.weights or (1.0,) * len(r.names)
-    loaded = [load_reward(name, **r.options.get(name, {})) for name in r.names]
+    try:
+        loaded = [load_reward(name, **r.options_of(name)) for name in r.names]
+    except ValueError as error:
+        raise ConfigError(f"config.reward: {error}") from error
     rewards = list(zip(r.names, loaded, weights, strict=True))
     return RewardRunner(
         rewards, workers=r.workers, timeout_s=r.timeout_s, failed_value=r.failed_value, processes=r.processes

@@ -13,6 +13,8 @@ from rljax.config.fields import ModelConfig
 from rljax.losses.advantages import MEANS, SCALES
 from rljax.losses.masked import AGGREGATIONS
 from rljax.models.decoder import REMAT_POLICIES
+from rljax.rewards import Sample
+from rljax.setup import make_runner
 from tests.tiny import ROOT, tiny_config
 
 TINY = str(ROOT / "tests" / "configs" / "tiny.py")
@@ -88,6 +90,13 @@ def test_another_algorithm_starts_from_its_own_defaults_and_asks_for_what_it_has
     assert parsed("--config.algo.name=grpo").algo.kl_coef == 0.05  # naming the one that is there changes nothing
 
 
+def test_options_of_a_reward_reach_it():
+    """3 tokens at 0.5 each."""
+    names, option = "rljax.rewards.text:length_cost", "length_cost.per_token"
+    with make_runner(parsed(f"--config.reward.names={names}", f"--config.reward.options.{option}=0.5")) as runner:
+        assert runner.score([Sample("", "", token_ids=range(3))]).values == [-1.5]
+
+
 def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
     config = parsed("--config.stages.warm_start.algo.name=grpo", "--config.stages.warm_start.batch.rows=0")
     assert config.stages["warm_start"].algo == config.algo
@@ -143,8 +152,15 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.rollout.cache_dtype=int8"], "config.rollout.cache_dtype is int8, so another policy samples"),
         (["--config.algo.surrogate=gspo"], "set aggregation to 'sequence_mean_token_mean'"),
         (["--config.guide_from=warm_start"], "config.guide_from does nothing: no algorithm of the recipe reads it"),
-        (["--config.reward.weights=1,2"], "config.stages.warm_start.reward: 1 names and 2 weights"),
-        (["--config.reward.options.gsm8k.x=1"], "reward.options.gsm8k: 'gsm8k' is not in config"),
+        (["--config.reward.weights=1,2"], "config.reward: 1 names and 2 weights"),
+        (
+            ["--config.reward.names=even_share", "--config.reward.options.even_shar.x=1"],
+            "even_shar: no reward of config.reward.names; did you mean 'even_share'?",
+        ),
+        (
+            ["--config.reward.names=a.b:f,c.d:f", "--config.reward.options.f.x=1"],
+            "config.reward.options.f: two rewards of config.reward.names have that name",
+        ),
         (["--config.reward.names=gsm8k", "--config.reward.options.gsm8k=1"], "is 1; it is a group of options"),
         (["--config.algo.kl_coef=0", "--config.reference_ema=0.9"], "config.reference_ema does nothing"),
         (["--config.batch.micro_batch_rows=5"], "batch.micro_batch_rows 5 does not divide a minibatch of 16 rows"),

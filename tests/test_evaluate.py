@@ -17,7 +17,9 @@ def test_votes_and_ranks_by_hand():
     # the highest scores: wrong, right, wrong.
     ranks = np.array([[0.1, 0.2, 0.9, 0.0], [0.0, 0.5, 0.4, 0.3], [1.0, 0.0, 0.0, 0.0]])
     found = choice_metrics(CORRECT, ANSWERS, ranks)
-    assert found == {"maj_at_4": pytest.approx(1 / 3), "rerank_at_4": pytest.approx(1 / 3)}
+    assert found["maj_at_4"] == pytest.approx(1 / 3) and found["rerank_at_4"] == pytest.approx(1 / 3)
+    # Means of three zeros or ones: under 4 % of the draws are all right, 30 % all wrong.
+    assert (found["maj_at_4_low"], found["maj_at_4_high"]) == (0, 1)
 
 
 def test_nothing_is_said_of_what_nobody_judges_or_states():
@@ -32,6 +34,7 @@ def test_the_score_is_the_share_of_right_ones_else_the_mean_reward():
     # Means of problems 1/2, 1/4, 0. pass@2 = 1 - C(n-c, 2)/C(4, 2): 1 - 1/6, 1 - 3/6, 0.
     assert judged["score"] == pytest.approx(0.25) and judged["n"] == 3 and judged["samples"] == 4
     assert judged["pass_at_2"] == pytest.approx((5 / 6 + 1 / 2) / 3)
+    assert (judged["pass_at_2_low"], judged["pass_at_2_high"]) == (0, pytest.approx(5 / 6))
     assert judged["score_low"] <= 0.25 <= judged["score_high"]
     assert score_metrics(rewards, np.full_like(CORRECT, -1))["score"] == pytest.approx(0.5)
 

@@ -12,7 +12,7 @@ from rljax.data.batches import DataPosition, repeat_prompts
 from rljax.pieces import Written, cut_pieces, overlapped
 from rljax.rewards.base import Score, Span
 from rljax.rewards.runner import RewardRunner
-from rljax.rollouts import Completions, ModelReward, Rival, complete
+from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
 from rljax.session import ROLLOUT_KEY
 from rljax.setup import make_source
 from rljax.types import FINISH_END, Prompts, Rollout
@@ -79,6 +79,23 @@ def test_pieces_are_the_rows_of_the_whole_in_their_order(has_rival: bool) -> Non
         np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name))
     assert list(cut.samples.items()) == list(whole.samples.items())
     assert cut.answers == whole.answers and len(cut.rollout.tokens.sharding.device_set) == 2
+
+
+def test_what_is_said_of_completions_is_said_of_the_policy_s_own() -> None:
+    """ "1" is the policy's, "12" the rival's; one is worth 2, the other 4, and only the rival's is right."""
+
+    def judged(prompt: str, completion: str) -> Score:
+        rare = {"long": 1.0} if len(completion) == 2 else {}
+        return Score(float(len(completion)), correct=len(completion) == 2, parts=rare)
+
+    done = completed(judged, has_rival=True)
+    found = row_metrics([done], 2, rivals=True)
+    assert (found["train/reward"], found["train/reward_rival"], found["train/reward_std"]) == (2, 4, 0)
+    assert (found["train/reward/reward"], found["train/correct"], found["train/groups_all_wrong"]) == (1, 0, 1)
+    assert found["train/completion_length_max"] == 2 and "train/reward/reward/long" not in found
+    both = row_metrics([done], 2)
+    assert (both["train/reward"], both["train/correct"], both["train/groups_all_wrong"]) == (3, 0.5, 0)
+    assert "train/reward_rival" not in both and both["train/reward/reward/long"] == 1
 
 
 def test_a_piece_has_whole_groups_of_every_shard() -> None:

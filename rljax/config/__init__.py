@@ -2,7 +2,8 @@
 
 from rljax.config.build import algo_defaults, default_config, make_config, resolved
 from rljax.config.command_line import USAGE, Command, parse
-from rljax.config.fields import Config, ConfigError, DataConfig, EvalConfig, RolloutConfig, StageConfig, identity_keys
+from rljax.config.errors import ConfigError
+from rljax.config.fields import Config, DataConfig, EvalConfig, RolloutConfig, StageConfig, identity_keys
 
 __all__ = [
     "USAGE",

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from rljax.algos import ALGOS
 from rljax.config.checks import check
-from rljax.config.fields import STAGE_FIELDS, Config, ConfigError, StageConfig
+from rljax.config.errors import ConfigError, nearest
+from rljax.config.fields import STAGE_FIELDS, Config, StageConfig
 
 _NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
@@ -194,13 +195,3 @@ def all_keys(cls: type, where: str) -> tuple[str, ...]:
     nested = [(name, hint) for name, hint in hints(cls).items() if dataclasses.is_dataclass(hint)]
     below = [key for name, hint in nested for key in all_keys(typing.cast(type, hint), f"{where}.{name}")]
     return (*(f"{where}.{name}" for name in hints(cls)), *below)
-
-
-def nearest(key: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a sentence about ``key``: the nearest name, by spelling or as its initials, else all there are."""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1)
-    close = close or [name for name in known if "".join(word[:1] for word in name.split("_")) == key]
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; {otherwise or 'there are ' + (', '.join(sorted(known)) or 'none')}"

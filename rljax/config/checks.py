@@ -1,7 +1,8 @@
 """Combinations of settings that cannot work, found before anything is loaded."""
 
 from rljax.algos import Algorithm
-from rljax.config.fields import Config, ConfigError, StageConfig
+from rljax.config.errors import ConfigError, nearest
+from rljax.config.fields import Config, RewardConfig, StageConfig, reward_key
 from rljax.optim import make_schedule
 
 FROZEN = {"guide_from": "guide_logprobs", "teacher_from": "teacher_topk"}
@@ -31,6 +32,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             "config.eval.greedy does nothing at eval.temperature 0, where samples are greedy; set one of them"
         )
+    _check_rewards(config.reward)
     for number, name in enumerate(config.recipe):
         _check_stage(config.stage(name), config.key_of(name))
         _check_select(config, number)
@@ -115,6 +117,20 @@ def _check_critic(config: Config, number: int) -> None:
         )
 
 
+def _check_rewards(reward: RewardConfig) -> None:
+    """The rewards of all stages, as far as their names say."""
+    if reward.weights and len(reward.weights) != len(reward.names):
+        raise ConfigError(f"config.reward: {len(reward.names)} names and {len(reward.weights)} weights")
+    keys = [reward_key(name) for name in reward.names]
+    for key, options in reward.options.items():
+        if key not in keys:
+            raise ConfigError(f"config.reward.options.{key}: no reward of config.reward.names{nearest(key, keys)}")
+        if keys.count(key) > 1:
+            raise ConfigError(f"config.reward.options.{key}: two rewards of config.reward.names have that name")
+        if not isinstance(options, dict):
+            raise ConfigError(f"config.reward.options.{key} is {options!r}; it is a group of options")
+
+
 def _check_shared(config: Config, name: str) -> None:
     """What stands at the top level for all stages and for evaluation: a stage's own value would not be read."""
     stage = config.stage(name)
@@ -134,13 +150,6 @@ def _check_shared(config: Config, name: str) -> None:
 
 def _check_stage(stage: StageConfig, where: str) -> None:
     b = stage.batch
-    if stage.reward.weights and len(stage.reward.weights) != len(stage.reward.names):
-        raise ConfigError(f"{where}.reward: {len(stage.reward.names)} names and {len(stage.reward.weights)} weights")
-    for name, options in stage.reward.options.items():
-        if name not in stage.reward.names:
-            raise ConfigError(f"{where}.reward.options.{name}: {name!r} is not in {where}.reward.names")
-        if not isinstance(options, dict):
-            raise ConfigError(f"{where}.reward.options.{name} is {options!r}; it is a group of options")
     try:
         algorithm = stage.algorithm()
     except (KeyError, ValueError) as error:

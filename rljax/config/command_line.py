@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rljax.algos import ALGOS
-from rljax.config.build import algo_defaults, all_keys, hints, make_config, nearest, no_such_key, noun
-from rljax.config.fields import STAGE_FIELDS, Config, ConfigError, StageConfig
+from rljax.config.build import algo_defaults, all_keys, hints, make_config, no_such_key, noun
+from rljax.config.errors import ConfigError, nearest
+from rljax.config.fields import STAGE_FIELDS, Config, StageConfig
 
 USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
 

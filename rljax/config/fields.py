@@ -12,10 +12,6 @@ from rljax.algos import ALGOS, Algorithm
 from rljax.optim import OptimConfig
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the sentence names the key and the mend."""
-
-
 class Range(NamedTuple):
     """The numbers that a field takes."""
 
@@ -137,17 +133,27 @@ class RolloutConfig:
     lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
 
 
+def reward_key(name: str) -> str:
+    """Under which key of ``reward.options`` a reward's stand: keys have no dots."""
+    return name.rpartition(":")[2]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     names: tuple[str, ...] = ()  # rewards by name, or package.module:function
     weights: tuple[float, ...] = ()  # default: 1 each
-    options: dict[str, Any] = field(default_factory=dict)  # by reward, the keyword options that it is called with
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # by reward (of package.module:function by function), the keyword options that it is called with
     timeout_s: Duration = 10.0  # of one call
     workers: Positive = 4  # threads or processes
     processes: bool = False  # run rewards in processes, which a hanging one cannot hold up
     failed_value: float = 0.0  # what a sample gets whose reward raised or hung
     discard_failed: bool = False  # a sample whose reward raised or hung trains nothing
     permute: bool = False  # a control: rewards shuffled over the batch; nothing may be learnt
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        return self.options.get(reward_key(name), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +205,11 @@ class EvalConfig:
     def completions(self) -> int:
         """Of a prompt: the greedy one first, then the samples."""
         return self.samples + self.greedy
+
+    @property
+    def score_temperature(self) -> float:
+        """Of the completions that the score is of."""
+        return 0.0 if self.greedy else self.temperature
 
 
 @dataclass(frozen=True, kw_only=True)

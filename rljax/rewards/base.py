@@ -124,7 +124,7 @@ def _per_sample(reward: Any) -> Callable[[Sample], Any]:
     if sum(p.default is kinds.empty for p in positional) == 1:
         for option in (p.name for p in parameters if p.kind == kinds.KEYWORD_ONLY and p.default is kinds.empty):
             raise ValueError(
-                f"reward {reward_name(reward)} needs the option {option!r}; bind it with functools.partial"
+                f"reward {reward_name(reward)} needs the option {option!r}; give it in reward.options or to load_reward"
             )
         return reward
     raise ValueError(

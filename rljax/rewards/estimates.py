@@ -100,6 +100,12 @@ def bootstrap_interval(
     return Interval(float(low), float(high))
 
 
+def with_interval(name: str, values: ArrayLike, *, resamples: int = 10_000) -> dict[str, float]:
+    """The mean over problems under ``name``, and the ends of its 95 % bootstrap interval as ``_low`` and ``_high``."""
+    low, high = bootstrap_interval(values, resamples=resamples)
+    return {name: float(np.asarray(values).mean()), f"{name}_low": low, f"{name}_high": high}
+
+
 def paired_difference(
     after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Difference:

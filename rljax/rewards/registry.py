@@ -12,7 +12,7 @@ def look_up(name: str, registry: Mapping[str, Any], kind: str) -> Any:
     """The entry of that name. Raises ValueError with the nearest name if there is none."""
     if name not in registry:
         near = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)
-        raise ValueError(f"there is no {kind} {name!r}; the nearest is {near[0] if near else 'none'!r}")
+        raise ValueError(f"there is no {kind} {name!r}; {f'the nearest is {near[0]!r}' if near else 'it has none'}")
     return registry[name]
 
 
@@ -31,7 +31,9 @@ def import_object(path: str, kind: str) -> Any:
 
 def with_options(reward: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """The reward with keyword options bound; a class is made into an instance. Raises ValueError for an unknown one."""
-    parameters = inspect.signature(reward).parameters
+    parameters = dict(inspect.signature(reward).parameters)
+    if not inspect.isclass(reward):  # what a call brings along is no option
+        parameters = {name: p for name, p in parameters.items() if name not in ("prompt", "completion", "sample")}
     if not any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for option in options:
             look_up(option, parameters, f"option of {reward.__name__}")

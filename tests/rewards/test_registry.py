@@ -45,6 +45,7 @@ def test_package_module_function():
         ("rljax.rewards.math:gsm8", {}, "there is no reward in rljax.rewards.math 'gsm8'; the nearest is 'gsm8k'"),
         ("no.such.module:f", {}, "reward 'no.such.module:f': cannot import 'no.such.module' .ModuleNotFoundError"),
         ("overlong", {"max_new_token": 8}, "no option of overlong 'max_new_token'; the nearest is 'max_new_tokens'"),
+        ("finished", {"sample": 1}, "there is no option of finished 'sample'; it has none"),
         ("overlong", {"max_new_tokens": 8}, "reward overlong needs the option 'buffer_tokens'"),
         ("rljax.rewards.math:last_number", {}, None),
         ("rljax.rewards.latex:same_answer", {}, "same_answer.* has a form that is not known"),

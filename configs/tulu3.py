@@ -46,12 +46,13 @@ def sft() -> ConfigDict:
     return config
 
 
+PREFERENCES = {"train": "allenai/llama-3.1-tulu-3-8b-preference-mixture", "row_length": 2048, "bad_rows": "drop"}
+
+
 def dpo() -> ConfigDict:
     config = tulu3("dpo", "allenai/Llama-3.1-Tulu-3-8B-SFT")
     config.name = "tulu3_dpo"
-    config.data.train = "allenai/llama-3.1-tulu-3-8b-preference-mixture"
-    config.data.row_length = 2048
-    config.data.bad_rows = "drop"
+    config.data.update(PREFERENCES)
     config.algo.average = True  # every sum of log-probs over its length
     config.algo.beta = 5.0
     config.batch.rows = 128
@@ -81,12 +82,7 @@ REWARD_MODEL = {
     "algo": {"name": "reward_model", "loss": "bradley_terry"},  # the head's std is 1/sqrt(d + 1), as everywhere here
     "steps": PAIRS // 256,  # 1 epoch
     "critic": {"init_from": "policy"},
-    "data": {
-        "train": "allenai/llama-3.1-tulu-3-8b-preference-mixture",
-        "columns": {},
-        "row_length": 2048,
-        "bad_rows": "drop",
-    },
+    "data": {**PREFERENCES, "columns": {}},
     "batch": {"rows": 256, "epochs": 1, "micro_batch_rows": 64},
     "optim": {"learning_rate": 3e-6, "schedule": "linear"},
 }
@@ -140,31 +136,28 @@ def grpo() -> ConfigDict:
     return config
 
 
-def sft_70b() -> ConfigDict:
-    config = sft()
-    config.name = "tulu3_sft_70b"
-    config.model.path = "meta-llama/Llama-3.1-70B"
-    config.optim.learning_rate = 2e-6
+def of_70b(config: ConfigDict, learning_rate: float) -> ConfigDict:
+    """The same stage at 70B, at its own rate."""
+    config.name = f"{config.name}_70b"
+    config.model.path = config.model.path.replace("8B", "70B")
+    config.data.train = config.data.train.replace("8b", "70b")
+    config.optim.learning_rate = config.critic.optim.learning_rate = learning_rate
     return config
+
+
+def sft_70b() -> ConfigDict:
+    return of_70b(sft(), 2e-6)
 
 
 def dpo_70b() -> ConfigDict:
-    config = dpo()
-    config.name = "tulu3_dpo_70b"
-    config.model.path = "allenai/Llama-3.1-Tulu-3-70B-SFT"
-    config.data.train = "allenai/llama-3.1-tulu-3-70b-preference-mixture"
-    config.optim.learning_rate = 2e-7
-    return config
+    return of_70b(dpo(), 2e-7)
 
 
 def ppo_70b() -> ConfigDict:
-    config = ppo()
-    config.name = "tulu3_ppo_70b"
-    config.model.path = "allenai/Llama-3.1-Tulu-3-70B-DPO"
+    config = of_70b(ppo(), 1e-7)
     config.algo.kl_coef = 0.07
     config.rollout.prompts_per_step = 640
     config.steps = RLVR_PROMPTS // 640
-    config.optim.learning_rate = config.critic.optim.learning_rate = 1e-7
     return config
 
 

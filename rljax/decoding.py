@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rljax.losses.value import unimix_logprobs
 from rljax.sharding import VOCAB_BLOCK
 
 
@@ -21,6 +22,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     greedy_samples: int = 0  # of a prompt's samples so many, the first, are greedy
+    unimix: float = 0.0  # this share of the distribution is even over the vocabulary
 
     @property
     def scoring_temperature(self) -> float:
@@ -85,6 +87,8 @@ def draw(
     if sampling.truncates:
         support = support_threshold(scaled.T, sampling)
         scaled = jnp.where(scaled >= support, scaled, -jnp.inf)
+    if sampling.unimix:
+        scaled = _unimixed(scaled, sampling.unimix)
     blocks = scaled.reshape(-1, VOCAB_BLOCK, scaled.shape[1])
     tops = jnp.max(blocks, axis=1)
     finite = jnp.where(jnp.isfinite(tops), tops, 0)
@@ -103,6 +107,13 @@ def draw(
     chosen = jnp.take_along_axis(inside, token[:, None], axis=1)[:, 0]
     logprobs = chosen - jax.nn.logsumexp(masses, axis=1)
     return Drawn((block * VOCAB_BLOCK + token).astype(jnp.int32), logprobs, support)
+
+
+def _unimixed(scaled: Float[Array, "v b"], share: float) -> Float[Array, "v b"]:
+    """Log-probs with the even part; padding of the vocabulary stays -inf."""
+    real = jnp.isfinite(scaled)
+    logprobs = jax.nn.log_softmax(scaled, axis=0)
+    return jnp.where(real, unimix_logprobs(logprobs, share, jnp.sum(real, axis=0)), -jnp.inf)
 
 
 def _block(blocks: Float[Array, "n k b"], chosen: Int[Array, " b"]) -> Float[Array, "b k"]:

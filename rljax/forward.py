@@ -13,6 +13,7 @@ from rljax.algos.base import Algorithm, Batch
 from rljax.losses.logprobs import LogprobStats, chunked_logprobs, log_normalizer, reduce_logits_in_chunks
 from rljax.losses.preference_variants import log_collision
 from rljax.losses.supervised import mean_logprob
+from rljax.losses.value import unimix_logprobs
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
 from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
 from rljax.sharding import Layout, fetched
@@ -31,6 +32,7 @@ class Forward:
     temperature: float
     attention: str  # kernel, as hidden_states takes it
     truncates: bool  # the sampler cut the vocabulary: log-probs are renormalised on each token's stored support
+    unimix: float = 0.0  # as the sampler's, for rows that it wrote: those with a ``support``
 
     def outputs(self, params: Params, batch: Batch, head_from: int, needs: frozenset[str] = frozenset()) -> Outputs:
         """Log-probs of the tokens from column ``head_from`` on, in one chunked head pass; zeros elsewhere.
@@ -103,6 +105,9 @@ class Forward:
             )
 
         stats = head_pass(support, "entropy" in needs)
+        if self.unimix and "support" in batch:
+            mixed = unimix_logprobs(stats.logprobs, self.unimix, self.model.config.vocab_size)
+            stats = stats._replace(logprobs=mixed)
         outputs = Outputs(reads.put(stats.logprobs), None if stats.entropy is None else reads.put(stats.entropy))
         if "full_logprobs" in needs and support is not None:
             outputs = outputs._replace(full_logprobs=reads.put(head_pass(None, False).logprobs))

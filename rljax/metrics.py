@@ -109,6 +109,7 @@ METRICS: dict[str, str] = {
     "train/z_loss": "mean square of the logits' log normaliser, before its coefficient",
     "train/value": "its value term, before the coefficient",
     "train/distillation": "its divergence from the teacher, nats a token",
+    "train/value_ema": "the critic's loss towards its own running mean, before the coefficients",
     "train/value_mean": "mean of what the critic says now",
     "train/return_mean": "mean of what it is fitted to",
     "train/value_clip_fraction": "share of tokens whose value moved past the clip since the rollout",

@@ -145,6 +145,8 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
         Owner("parameters", _local_bytes(state.params), "always"),
         Owner("optimizer state", _local_bytes(state.opt_state), moments),
     ]
+    if stage.algorithm.critic_ema:
+        owners.append(Owner("running mean of the critic", _local_bytes(state.params["critic"]), "always"))
     for name in frozen_sources(stage.config, stage.algorithm):
         model = session.abstract_tree(stage.forwards[name].model, stage.frozen_dtype(name))
         once = name == "reference" and (stage.caches_reference or stage.config.offload_reference)

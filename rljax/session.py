@@ -77,6 +77,7 @@ class Session:
             temperature=sampling.scoring_temperature if sampling else 1.0,
             attention=self.config.model.attention,
             truncates=sampling.truncates if sampling else False,
+            unimix=sampling.unimix if sampling else 0.0,
         )
 
     def abstract_tree(self, model: Model, dtype: Any = None) -> Params:

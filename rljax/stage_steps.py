@@ -73,6 +73,7 @@ def online_step(stage: Stage, state: TrainState, position: DataPosition, step: i
     metrics["rollout/staleness"] = float(int(state.step) - int(done.host.step_version.max()))
     stage.remember(state)
     state, update_metrics = _update(stage, state._replace(algo_state=algo_state), batch, head_from, step)
+    stage.update_critic_mean(state)
     end = time.perf_counter()
     tokens = int(done.host.valid.sum())
     stage.last_head_from = head_from
@@ -128,6 +129,9 @@ def score(
     if "values" in needs:
         values, final = stage.program("values", head_from)(state.params["critic"], rows)
         experience = experience._replace(values=values, final_values=final)
+    if stage.critic_mean is not None:
+        ema_values, _ = stage.program("values", head_from)(stage.critic_mean, rows)
+        experience = experience._replace(ema_values=ema_values)
     if "dense_rewards" in needs:
         dense = np.zeros(r.tokens.shape) if done.dense is None else done.dense
         experience = experience._replace(dense_rewards=to_global(dense.astype(session.param_dtype), layout))

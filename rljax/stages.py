@@ -51,6 +51,7 @@ class Stage:
     rival: Generate | None = None  # of the policy mixed with the reference, for the second half of a prompt's samples
     text: SupervisedSource | None = None  # mixed into every optimizer step
     frozen: dict[str, Params] = field(default_factory=dict)
+    critic_mean: Params | None = None  # running mean of the critic's weights, where the algorithm has one
     past: list["Snapshot"] = field(default_factory=list)  # the policies that rollouts lag behind for, oldest first
     cached_logprobs: dict[str, CachedLogprobs] = field(default_factory=dict)  # the reference's, by split
     last_head_from: int = 1
@@ -99,6 +100,8 @@ class Stage:
         """A state at optimizer step 0 that takes over ``params``, by tree: they are donated later on."""
         if self.online and self.config.rollout.lag:
             self.past = [self._snapshot(params["policy"], 0)] * self.config.rollout.lag
+        if self.algorithm.critic_ema:
+            self.critic_mean = copy_params(params["critic"], self.shardings()["critic"], self.session.param_dtype)
         return init_state(params, self.moment_shardings(), self.optimizer, self.algorithm.init(), self.session.train)
 
     # -- policies that sample
@@ -173,15 +176,26 @@ class Stage:
         if every and stage_step % every == 0:
             self.freeze_reference(policy)
 
+    def update_critic_mean(self, state: TrainState) -> None:
+        """Follow the critic, by as many steps as a rollout has."""
+        if self.algorithm.critic_ema:
+            steps = self.config.batch.epochs * self.config.batch.minibatches
+            self.critic_mean = _moved(self.critic_mean, state.params["critic"], self.algorithm.critic_ema**steps)
+
     # -- what a checkpoint holds
 
     def saved(self, state: TrainState) -> dict[str, Any]:
-        moving = {"reference": self.reference} if self.moving_reference else {}
-        return {"train": state, **moving, **({"past": self.past} if self.past else {})}
+        saved: dict[str, Any] = {"train": state}
+        if self.moving_reference:
+            saved["reference"] = self.reference
+        if self.critic_mean is not None:
+            saved["critic_mean"] = self.critic_mean
+        return {**saved, "past": self.past} if self.past else saved
 
     def restored(self, saved: dict[str, Any]) -> TrainState:
         if "reference" in saved:
             self.frozen["reference"] = saved["reference"]
+        self.critic_mean = saved.get("critic_mean")
         self.past = [Snapshot(*snapshot) for snapshot in saved.get("past", [])]
         return saved["train"]
 
@@ -197,6 +211,8 @@ class Stage:
         saved: dict[str, Any] = {"train": TrainState(small[0], params, placed, small[1])}
         if self.moving_reference:
             saved["reference"] = session.abstract_policy(self.frozen_dtype("reference"))
+        if self.algorithm.critic_ema:
+            saved["critic_mean"] = params["critic"]
         if self.online and self.config.rollout.lag:
             snapshot = Snapshot(small[0], session.abstract_policy(session.dtype))
             saved["past"] = [snapshot] * self.config.rollout.lag
@@ -259,6 +275,8 @@ def build_stage(
 ) -> Stage:
     algorithm = config.algorithm()
     sampling = session.sampling(config) if algorithm.targets is not None else None
+    if sampling is not None:
+        sampling = replace(sampling, unimix=config.rollout.unimix)  # evaluations sample from the policy itself
     mixture = algorithm.rival_mixture
     writers = 2 if mixture else 1  # each is called with its own share of a prompt's completions
     rows_a_call = config.rollout_rows // config.rollout.pieces // writers
@@ -324,5 +342,5 @@ def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=2)
-def _moved(reference: Params, policy: Params, decay: float) -> Params:
-    return jax.tree.map(lambda r, p: decay * r + (1 - decay) * p, reference, policy)
+def _moved(mean: Params, params: Params, decay: float) -> Params:
+    return jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, mean, params)

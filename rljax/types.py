@@ -59,6 +59,7 @@ class Experience(NamedTuple):
     proximal_logprobs: Float[Array, "b t"] | None = None
     values: Float[Array, "b t"] | Float[Array, "b t n"] | None = None  # the critic's, before the first update
     final_values: Float[Array, " b"] | Float[Array, "b n"] | None = None  # read at the last token of the row
+    ema_values: Float[Array, "b t"] | Float[Array, "b t n"] | None = None  # of the critic's running mean
     dense_rewards: Float[Array, "b t"] | None = None  # what rewards gave to single tokens (``Score.spans``)
     guide_logprobs: Float[Array, "b t"] | None = None  # of another frozen policy, such as RTO's
     teacher_tokens: Int[Array, "b t k"] | None = None  # a teacher's likeliest tokens at each position

@@ -52,6 +52,22 @@ def test_draws_follow_the_softmax_over_several_blocks(counts: tuple[np.ndarray, 
     assert stats.chisquare(seen[:VOCAB], expected).pvalue > 1e-3
 
 
+def test_an_even_share_of_the_draws() -> None:
+    """u = .3: (1 - u) softmax + u / V, also as log-prob; greedy draws stay the likeliest token."""
+    logits = np.random.default_rng(0).uniform(-1.5, 1.5, VOCAB)
+    mixed = 0.7 * softmax(logits) + 0.3 / VOCAB
+    keys = jax.random.split(jax.random.key(1), DRAWS)
+    seen = np.bincount(np.asarray(draw_tokens(keys, padded(logits), unimix=0.3)), minlength=PADDED)
+    assert seen[VOCAB:].sum() == 0
+    assert stats.chisquare(seen[:VOCAB], DRAWS * mixed).pvalue > 1e-3
+    assert stats.chisquare(seen[:VOCAB], DRAWS * softmax(logits)).pvalue < 1e-3
+    column = padded(logits)[:, None]
+    for settings in ({"unimix": 0.3}, {"unimix": 0.3, "temperature": 0.0}):
+        token, logprob, _ = jax.tree.map(lambda x: x[0], draw(keys[:1], column, sampling(**settings)))
+        np.testing.assert_allclose(logprob, np.log(mixed[token]), rtol=1e-5)
+    assert token == logits.argmax()
+
+
 def test_the_chi_square_would_see_a_small_bias(counts: tuple[np.ndarray, np.ndarray]) -> None:
     """The same draws against a temperature 5 % off, and against a draw that prefers one block by 10 %."""
     seen, logits = counts

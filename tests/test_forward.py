@@ -51,6 +51,17 @@ def test_a_teachers_top_tokens_are_those_of_its_whole_distribution(logprobs: np.
     np.testing.assert_allclose(at_tokens[mask], expected[mask], atol=2e-6)
 
 
+def test_an_even_share_is_in_the_log_probs_of_what_was_sampled(logprobs: np.ndarray) -> None:
+    """Rows with a support were sampled; a frozen model's pass has none and is the model's own."""
+    forward, params = tiny_forward(MODEL, layout(), unimix=0.3), init_params(MODEL, layout(), seed=0)
+    rows, mask = placed("1,1,1"), batch()["loss_mask"]
+    chosen = np.take_along_axis(logprobs, batch()["tokens"][..., None], axis=-1)[..., 0]
+    frozen = {name: x for name, x in rows.items() if name != "support"}
+    sampled, whole = (jax.jit(lambda b: forward.outputs(params, b, P).logprobs)(b) for b in (rows, frozen))
+    np.testing.assert_allclose(np.asarray(sampled)[mask], np.log(0.7 * np.exp(chosen) + 0.3 / V)[mask], atol=2e-6)
+    np.testing.assert_allclose(np.asarray(whole)[mask], chosen[mask], atol=2e-6)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_chosen_tokens_and_collisions_are_those_of_the_whole_distribution(logprobs: np.ndarray, mesh: str) -> None:
     forward, params = tiny_forward(MODEL, layout(mesh)), init_params(MODEL, layout(mesh), seed=0)

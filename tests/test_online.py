@@ -22,11 +22,17 @@ from tests.truths import digit_share, main_stage
 POLICY: dict[str, Any] = {"kl_coef": 0.05, "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token_mean"}
 CRITIC: dict[str, Any] = {"value_coef": 0.1, "value_clip": 0.2, "gamma": 1.0}
 PPO = {**POLICY, **CRITIC, "lam": 0.95, "whiten_advantages": "minibatch"}
+DREAMER = {
+    "value_loss": "two_hot",
+    "value_ema_coef": 1.0,
+    "whiten_advantages": "none",
+    "scale_by_percentile": True,
+}
 GRPO = {**POLICY, "advantage_mean": "group", "advantage_std": "batch"}
 SEQUENCES = {**GRPO, "aggregation": "sequence_mean_token_mean"}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo": {"name": "ppo", **PPO, "missing_end": "subtract", "missing_end_value": 1.0, "kl_target": 1.0},
-    "two_hot": {"name": "ppo", **PPO, "value_loss": "two_hot", "value_bins": 32, "truncated": "bootstrap"},
+    "dreamer": {"name": "ppo", **PPO, **DREAMER, "value_bins": 32, "truncated": "bootstrap"},
     "ppo_max": {"name": "ppo_max", **PPO, "normalized_clip": 10.0},
     "rto": {"name": "rto", **PPO, "guide_coef": 0.05, "guide_clamp": 0.05},
     "vtrace": {"name": "vtrace", **POLICY, **CRITIC, "rho_clip": 1.0, "c_clip": 1.0},
@@ -40,7 +46,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "distillation": {"name": "distillation", "beta": 0.5},
 }
 WITHOUT_RATIO = ("distillation", "online_dpo", "xpo", "nash_md")
-FROM = {"rto": {"guide_from": "warm_start"}, "distillation": {"teacher_from": "warm_start", "teacher_top_k": 4}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "dreamer": {"rollout.unimix": 0.05},
+    "rto": {"guide_from": "warm_start"},
+    "distillation": {"teacher_from": "warm_start", "teacher_top_k": 4},
+}
 
 
 def open_stage(name: str, **overrides: Any) -> Stage:
@@ -49,7 +59,7 @@ def open_stage(name: str, **overrides: Any) -> Stage:
             "mesh": "1,8,1",
             "recipe": ("warm_start", "main"),
             "rollout.prompts_per_step": 16,
-            **FROM.get(ALGORITHMS[name]["name"], {}),
+            **BESIDE.get(name, {}),
             **overrides,
         }
     )
@@ -58,8 +68,8 @@ def open_stage(name: str, **overrides: Any) -> Stage:
     config.algo.update(ALGORITHMS[name])
     session = open_session(make_config(config), jax.devices())
     stage = main_stage(session, digit_share)
-    # Samplers are the same programs for all, but for those of two writers and for greedy samples.
-    if not stage.algorithm.greedy_samples and not stage.rival:
+    # Samplers are the same programs for all, but for those of two writers, greedy samples and an even share.
+    if not stage.algorithm.greedy_samples and not stage.rival and not stage.config.rollout.unimix:
         stage.generate = sampler()
     others = session.base_params()
     others = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), others)
@@ -133,6 +143,26 @@ def test_a_critic_only_phase_leaves_the_policy_as_it_is() -> None:
     state, metrics = run(stage, state, 1)
     assert moved(before["policy"], state.params["policy"])
     assert metrics[0]["train/first_max_log_ratio"] <= 1e-5 and metrics[0]["train/max_log_ratio"] > 1e-4
+
+
+def test_a_critic_s_running_mean_reads_each_rollout_and_follows() -> None:
+    """Two updates a rollout, decay .98: .9604 of the mean stays. At first it is the critic, so its loss is that of
+    zero logits; later it stands between the first critic and the last."""
+    stage = open_stage("dreamer")
+    state = start(stage)
+    first = jax.device_get(state.params["critic"])
+    jax.tree.map(np.testing.assert_array_equal, stage.critic_mean, first)
+    state, metrics = run(stage, state, 1)
+    expected = jax.tree.map(lambda m, p: 0.9604 * m + 0.0396 * np.asarray(p), first, state.params["critic"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), stage.critic_mean, expected)
+    saved = stage.saved(state)
+    assert jax.tree.structure(stage.abstract_saved()) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, saved["critic_mean"], stage.critic_mean)
+    assert metrics[0]["train/value_ema"] == pytest.approx(np.log(32), rel=0.01)
+    assert metrics[0]["train/first_max_log_ratio"] <= 1e-5  # the even share is in both log-probs
+    stage.critic_mean = None
+    stage.restored(saved)
+    assert stage.critic_mean is saved["critic_mean"]
 
 
 def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:

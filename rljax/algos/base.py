@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from rljax.types import Experience, Outputs, Term
+from rljax.types import Experience, Outputs, Rollout, Term
 
 # Arrays of one leading row axis; ``tokens``, ``valid`` and ``loss_mask`` are always among them.
 Batch = dict[str, Array]
@@ -34,6 +34,8 @@ class Algorithm(NamedTuple):
         policy: 1 is the reference itself.
     greedy_samples: so many of a prompt's completions, its first, are decoded greedily.
     critic_outputs: numbers that a critic's head gives at a position.
+    critic_ema: decay, an optimizer step, of a running mean of the critic's weights, which reads every rollout beside it
+        (``ema_values``) and moves after its updates; 0 keeps none.
     """
 
     needs: frozenset[str]
@@ -49,6 +51,18 @@ class Algorithm(NamedTuple):
     rival_mixture: float | None = None
     greedy_samples: int = 0
     critic_outputs: int = 1
+    critic_ema: float = 0.0
+
+
+def rollout_batch(rollout: Rollout) -> Batch:
+    """What a batch has of the rollout that it is made of."""
+    return {
+        "tokens": rollout.tokens,
+        "valid": rollout.valid,
+        "loss_mask": rollout.loss_mask,
+        "support": rollout.support,
+        "behavior_logprobs": rollout.behavior_logprobs,
+    }
 
 
 def no_state() -> tuple[()]:

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 from jaxtyping import Array
 
-from rljax.algos.base import Algorithm, Batch, no_state
+from rljax.algos.base import Algorithm, Batch, no_state, rollout_batch
 from rljax.losses.distillation import append_rest, generalized_jsd
 from rljax.losses.masked import count_tokens, masked_sum, zero_masked
 from rljax.types import Experience, Outputs, Term
@@ -28,14 +28,9 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     divergence = partial(generalized_jsd, beta=config.beta)
 
     def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
-        rollout = experience.rollout
         assert experience.teacher_tokens is not None and experience.teacher_logprobs is not None  # it is in needs
         batch = {
-            "tokens": rollout.tokens,
-            "valid": rollout.valid,
-            "loss_mask": rollout.loss_mask,
-            "support": rollout.support,
-            "behavior_logprobs": rollout.behavior_logprobs,
+            **rollout_batch(experience.rollout),
             "teacher_tokens": experience.teacher_tokens,
             "teacher_logprobs": experience.teacher_logprobs,
         }

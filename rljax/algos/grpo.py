@@ -13,15 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.algos.policy import (
-    PolicyConfig,
-    aggregation_of,
-    kl_in_reward,
-    policy_batch,
-    policy_needs,
-    policy_prepare,
-    policy_terms,
-)
+from rljax.algos.policy import PolicyConfig, kl_in_reward, policy_algorithm, policy_batch
 from rljax.losses.advantages import (
     RunningMoments,
     empty_moments,
@@ -34,7 +26,7 @@ from rljax.losses.advantages import (
     soft_overlong_penalty,
 )
 from rljax.losses.masked import masked_sum
-from rljax.types import Experience, Outputs, Term
+from rljax.types import Experience
 
 Statistic = Literal["group", "batch", "running", "none"]
 
@@ -55,7 +47,6 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     by_length = config.advantage_mean == "by_length"
     if by_length and config.advantage_std != "none":
         raise ValueError("advantage_mean 'by_length' is OPO's, which divides by nothing; set advantage_std to 'none'")
-    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
 
     def rewards_of(experience: Experience) -> Float[Array, " b"]:
         mask = experience.rollout.loss_mask
@@ -87,10 +78,4 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             advantages *= jnp.sum(rows) / jnp.maximum(mixed, 1)
         return moments, policy_batch(config, experience, jnp.broadcast_to(advantages[:, None], mask.shape))
 
-    def prepare(moments: RunningMoments, batch: Batch, key: Array) -> tuple[RunningMoments, Batch, dict]:
-        return moments, *policy_prepare(config, aggregation, batch, key)
-
-    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        return policy_terms(config, aggregation, outputs, batch)
-
-    return Algorithm(needs=frozenset(needs), init=empty_moments, targets=targets, prepare=prepare, loss=loss)
+    return policy_algorithm(config, max_new_tokens, targets, empty_moments)

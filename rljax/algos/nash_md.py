@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rljax.algos.base import Algorithm, Batch, no_state
+from rljax.algos.base import Algorithm, Batch, no_state, rollout_batch
 from rljax.algos.online_dpo import whole_vocabulary
 from rljax.algos.scores import ScoreConfig, scores_of
 from rljax.losses.logprobs import sequence_logprobs
@@ -39,14 +39,9 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         scores = scores_of(config, experience).reshape(-1, 2)
         gap = scores[:, 0] - scores[:, 1]
         chance = jax.nn.sigmoid(gap) if config.preference == "sigmoid" else (jnp.sign(gap) + 1) / 2
-        rollout = jax.tree.map(lambda x: x[0::2], experience.rollout)
         assert experience.ref_logprobs is not None  # it is in needs
         batch = {
-            "tokens": rollout.tokens,
-            "valid": rollout.valid,
-            "loss_mask": rollout.loss_mask,
-            "support": rollout.support,
-            "behavior_logprobs": rollout.behavior_logprobs,
+            **rollout_batch(jax.tree.map(lambda x: x[0::2], experience.rollout)),
             "ref_logprobs": experience.ref_logprobs[0::2],
             "preference": chance,
         }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from rljax.algos import dpo
-from rljax.algos.base import Algorithm, Batch
+from rljax.algos.base import Algorithm, Batch, rollout_batch
 from rljax.algos.scores import ScoreConfig, scores_of
 from rljax.types import Experience, Outputs, Term
 
@@ -46,15 +46,8 @@ def pair_batch(experience: Experience, picks: Int[Array, "p 2"], counts: Bool[Ar
         return jax.vmap(lambda group, at: group[at])(groups, picks).reshape(-1, *x.shape[1:])
 
     rollout, ref_logprobs = jax.tree.map(picked, (experience.rollout, experience.ref_logprobs))
-    batch = {
-        "tokens": rollout.tokens,
-        "valid": rollout.valid,
-        "loss_mask": rollout.loss_mask & jnp.repeat(counts, 2)[:, None],
-        "support": rollout.support,
-        "behavior_logprobs": rollout.behavior_logprobs,
-        "ref_logprobs": ref_logprobs,
-    }
-    return jax.lax.stop_gradient(batch)
+    mask = rollout.loss_mask & jnp.repeat(counts, 2)[:, None]
+    return jax.lax.stop_gradient({**rollout_batch(rollout), "loss_mask": mask, "ref_logprobs": ref_logprobs})
 
 
 def whole_vocabulary(outputs: Outputs) -> Outputs:

@@ -6,14 +6,14 @@ own, once before the first update, where a correction asks for them; ratios are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from rljax.algos.base import Batch
-from rljax.algos.scores import is_finished
+from rljax.algos.base import Algorithm, Batch, no_state, rollout_batch
+from rljax.algos.scores import ScoreConfig, is_finished
 from rljax.losses.corrections import (
     geometric_importance_weights,
     icepop,
@@ -86,6 +86,14 @@ class PolicyConfig:
     covariance_kl_coef: float = 1.0  # kl_cov's, of |log ratio| at its tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShapedRewardConfig(PolicyConfig, ScoreConfig):
+    """What algorithms share that charge the KL in the reward and read a score's rules."""
+
+    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
+    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
+
+
 SURROGATES: dict[str, Callable[[PolicyConfig, PerToken, PerToken, PerToken, Mask], PerToken]] = {
     "clipped": lambda c, new, old, a, mask: clipped_surrogate(new, old, a, c.clip_low, c.clip_high),
     "gspo": lambda c, new, old, a, mask: gspo(new, old, a, mask, c.clip_low, c.clip_high),
@@ -114,6 +122,24 @@ CORRECTIONS: dict[str, Callable[[PolicyConfig, PerToken], PerToken]] = {
     "masked": lambda c, w: masked_importance(w, c.correction_high),
     "two_sided": lambda c, w: icepop(w, c.correction_low, c.correction_high),
 }
+
+
+def policy_algorithm(
+    config: PolicyConfig,
+    max_new_tokens: int,
+    targets: Callable[[Any, Experience], tuple[Any, Batch]],
+    init: Callable[[], Any] = no_state,
+) -> Algorithm:
+    """An algorithm that is its ``targets``: the loss is ``policy_terms``. Raises ValueError as ``policy_needs``."""
+    aggregation = aggregation_of(config, max_new_tokens)
+
+    def prepare(state: Any, batch: Batch, key: PRNGKeyArray) -> tuple[Any, Batch, dict]:
+        return state, *policy_prepare(config, aggregation, batch, key)
+
+    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
+        return policy_terms(config, aggregation, outputs, batch)
+
+    return Algorithm(frozenset(policy_needs(config)), init, targets, prepare, loss)
 
 
 def policy_needs(config: PolicyConfig) -> set[str]:
@@ -162,14 +188,7 @@ def kl_in_reward(config: PolicyConfig, experience: Experience) -> PerToken:
 def policy_batch(config: PolicyConfig, experience: Experience, advantages: PerToken) -> Batch:
     """The columns that ``policy_terms`` reads. Advantages are per token."""
     rollout = experience.rollout
-    batch = {
-        "tokens": rollout.tokens,
-        "valid": rollout.valid,
-        "loss_mask": trained_mask(config, experience),
-        "support": rollout.support,
-        "behavior_logprobs": rollout.behavior_logprobs,
-        "advantages": advantages,
-    }
+    batch = rollout_batch(rollout) | {"loss_mask": trained_mask(config, experience), "advantages": advantages}
     if config.kl_coef and config.kl_in == "loss":
         assert experience.ref_logprobs is not None  # it is in needs
         batch["ref_logprobs"] = experience.ref_logprobs

@@ -1,7 +1,8 @@
 """PPO (1707.06347) with a critic, as RLHF has it: the score on the last token, the KL in the reward, GAE.
 
 Tulu 2.5 (2406.09279), Tulu 3 (2411.15124) and the TL;DR reproduction (2403.17031) are settings of this file. RTO and
-PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, scale_by_percentile.
+PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, value_ema_coef,
+scale_by_percentile, and ``rollout.unimix``.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, value_terms, with_critic
 from rljax.algos.policy import (
-    PolicyConfig,
+    ShapedRewardConfig,
     aggregation_of,
     kl_in_reward,
     policy_batch,
@@ -23,7 +24,7 @@ from rljax.algos.policy import (
     policy_prepare,
     policy_terms,
 )
-from rljax.algos.scores import ScoreConfig, clip_to, is_finished, scores_of
+from rljax.algos.scores import clip_to, is_finished, scores_of
 from rljax.losses.advantages import (
     PercentileScale,
     empty_percentile_scale,
@@ -38,13 +39,11 @@ from rljax.types import Experience, Outputs, Term
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PolicyConfig, CriticLossConfig, ScoreConfig):
+class Config(ShapedRewardConfig, CriticLossConfig):
     gamma: float  # discount of a token's reward at the tokens before it
     lam: float  # GAE's λ
     whiten_advantages: Literal["rollout", "minibatch", "none"]  # over whose tokens
     whiten_rewards: bool = False  # token rewards over the rollout, their mean kept (2403.17031, detail 24)
-    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
     kl_target: float | None = None  # nats a completion that an adaptive kl_coef aims at (1909.08593); None: fixed
     kl_horizon: float = 10000.0  # completions in which the adaptive coefficient can about double
     truncated: Literal["terminal", "bootstrap"] = (
@@ -75,7 +74,7 @@ def make(
     if config.scale_by_percentile and config.whiten_advantages != "none":
         raise ValueError("whitening undoes scale_by_percentile; set whiten_advantages to 'none'")
     needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
-    needs |= {"values"} | ({"dense_rewards"} if config.dense_coef else set())
+    needs |= {"dense_rewards"} if config.dense_coef else set()
 
     def init() -> State:
         return State(jnp.int32(0), jnp.asarray(config.kl_coef, float), empty_percentile_scale())
@@ -100,7 +99,7 @@ def make(
         raw = advantages
         if config.whiten_advantages == "rollout":
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
-        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        batch = policy_batch(config, experience, advantages) | critic_batch(config, experience, values, returns)
         batch |= {"raw_advantages": raw, "kl_coef": jnp.broadcast_to(coef, mask.shape[:1])}
         return state, jax.lax.stop_gradient(batch)
 
@@ -134,12 +133,4 @@ def make(
         terms = policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch)
         return {**terms, "kl_coef": coef}
 
-    return Algorithm(
-        needs=frozenset(needs),
-        init=init,
-        targets=targets,
-        prepare=prepare,
-        loss=loss,
-        trains=("policy", "critic"),
-        critic_outputs=critic_outputs(config),
-    )
+    return with_critic(config, Algorithm(frozenset(needs), init, targets, prepare, loss))

@@ -10,37 +10,26 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float
 
-from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.policy import (
-    PolicyConfig,
-    aggregation_of,
-    kl_in_reward,
-    policy_batch,
-    policy_needs,
-    policy_prepare,
-    policy_terms,
-)
-from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.algos.base import Algorithm, Batch
+from rljax.algos.policy import ShapedRewardConfig, kl_in_reward, policy_algorithm, policy_batch
+from rljax.algos.scores import scores_of
 from rljax.losses.advantages import group_ids, group_mean, remax
 from rljax.losses.masked import whiten
 from rljax.losses.returns import on_last_token, reward_to_go
-from rljax.types import Experience, Outputs, Term
+from rljax.types import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PolicyConfig, ScoreConfig):
+class Config(ShapedRewardConfig):
     gamma: float  # discount of a token's reward at the tokens before it
     baseline: Literal["none", "group", "greedy"]  # what is subtracted from a completion's reward
     whiten_advantages: bool  # over all tokens of the rollout
-    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     """Raises ValueError for groups of one where a prompt needs two completions."""
     if config.baseline != "none" and group_size == 1:
         raise ValueError(f"baseline {config.baseline!r} takes two completions of a prompt; set rollout.group_size to 2")
-    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
     greedy = config.baseline == "greedy"
 
     def centred(experience: Experience) -> tuple[Experience, Float[Array, " b"]]:
@@ -61,21 +50,8 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         batch = policy_batch(config, experience, whiten(returns, mask) if config.whiten_advantages else returns)
         return state, {**batch, "raw_advantages": returns}
 
-    def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
-        return state, *policy_prepare(config, aggregation, batch, key)
-
-    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        return policy_terms(config, aggregation, outputs, batch)
-
-    return Algorithm(
-        needs=frozenset(needs),
-        init=no_state,
-        targets=targets,
-        prepare=prepare,
-        loss=loss,
-        rows_per_prompt=group_size - 1 if greedy else 0,
-        greedy_samples=1 if greedy else 0,
-    )
+    algorithm = policy_algorithm(config, max_new_tokens, targets)
+    return algorithm._replace(rows_per_prompt=group_size - 1, greedy_samples=1) if greedy else algorithm
 
 
 def _without_greedy(experience: Experience, group_size: int) -> Experience:

@@ -5,30 +5,17 @@ under sequence_mean_token_sum; several updates of one rollout want the clipped s
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from jaxtyping import Array
-
-from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.policy import (
-    PolicyConfig,
-    aggregation_of,
-    kl_in_reward,
-    policy_batch,
-    policy_needs,
-    policy_prepare,
-    policy_terms,
-)
-from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.algos.base import Algorithm, Batch
+from rljax.algos.policy import ShapedRewardConfig, kl_in_reward, policy_algorithm, policy_batch
+from rljax.algos.scores import scores_of
 from rljax.losses.advantages import broadcast_to_tokens, group_ids, leave_one_out
 from rljax.losses.masked import masked_sum, whiten
-from rljax.types import Experience, Outputs, Term
+from rljax.types import Experience
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PolicyConfig, ScoreConfig):
-    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
+class Config(ShapedRewardConfig):
     whiten_advantages: bool = False  # over the rollout's tokens; not in the paper
 
 
@@ -36,7 +23,6 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     """Raises ValueError for groups of one, which have no others."""
     if group_size == 1:
         raise ValueError("the baseline is the other completions of a prompt; set rollout.group_size to 2 or more")
-    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
 
     def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
         mask = experience.rollout.loss_mask
@@ -48,10 +34,4 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         batch = policy_batch(config, experience, whiten(tokens, mask) if config.whiten_advantages else tokens)
         return state, {**batch, "raw_advantages": tokens}
 
-    def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
-        return state, *policy_prepare(config, aggregation, batch, key)
-
-    def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        return policy_terms(config, aggregation, outputs, batch)
-
-    return Algorithm(needs=frozenset(needs), init=no_state, targets=targets, prepare=prepare, loss=loss)
+    return policy_algorithm(config, max_new_tokens, targets)

@@ -9,31 +9,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
-from jaxtyping import Array
 
-from rljax.algos.base import Algorithm, Batch, no_state
-from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, critic_outputs, value_terms
-from rljax.algos.policy import (
-    PolicyConfig,
-    aggregation_of,
-    kl_in_reward,
-    policy_batch,
-    policy_needs,
-    policy_prepare,
-    policy_terms,
-)
-from rljax.algos.scores import ScoreConfig, scores_of
+from rljax.algos.base import Algorithm, Batch
+from rljax.algos.critic import CriticLossConfig, as_value, critic_batch, value_terms, with_critic
+from rljax.algos.policy import ShapedRewardConfig, kl_in_reward, policy_algorithm, policy_batch
+from rljax.algos.scores import scores_of
 from rljax.losses.returns import on_last_token, vtrace
 from rljax.types import Experience, Outputs, Term
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PolicyConfig, CriticLossConfig, ScoreConfig):
+class Config(ShapedRewardConfig, CriticLossConfig):
     gamma: float  # discount of a token's reward at the tokens before it
     rho_clip: float  # ρ̄, bound of the weight in the targets and advantages
     c_clip: float  # c̄, bound of the weight with which later corrections come back
-    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
     surrogate: Literal["clipped", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = (
         "reinforce"  # the loss of a token; its ratio is current over behaviour
     )
@@ -43,7 +32,6 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     """Raises ValueError for a second correction of the same weights."""
     if config.correction != "none":
         raise ValueError("V-trace corrects for the sampler itself; set correction to 'none'")
-    needs, aggregation = policy_needs(config), aggregation_of(config, max_new_tokens)
 
     def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
         mask = experience.rollout.loss_mask
@@ -60,21 +48,11 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             rho_clip=config.rho_clip,
             c_clip=config.c_clip,
         )
-        batch = policy_batch(config, experience, advantages) | critic_batch(values, returns, mask)
+        batch = policy_batch(config, experience, advantages) | critic_batch(config, experience, values, returns)
         return state, jax.lax.stop_gradient(batch)
 
-    def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
-        return state, *policy_prepare(config, aggregation, batch, key)
-
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
-        return policy_terms(config, aggregation, outputs, batch) | value_terms(config, outputs, batch)
+        return plain.loss(outputs, batch) | value_terms(config, outputs, batch)
 
-    return Algorithm(
-        needs=frozenset(needs | {"values", "proximal_logprobs"}),
-        init=no_state,
-        targets=targets,
-        prepare=prepare,
-        loss=loss,
-        trains=("policy", "critic"),
-        critic_outputs=critic_outputs(config),
-    )
+    plain = policy_algorithm(config, max_new_tokens, targets)
+    return with_critic(config, plain._replace(needs=plain.needs | {"proximal_logprobs"}, loss=loss))

@@ -225,6 +225,10 @@ def _check_online(stage: StageConfig, where: str) -> None:
             f"{where}.algo.kl_in is 'reward' and rollout truncates the vocabulary, so that the KL would compare a part "
             f"with a whole; sample from all of it, or set {where}.algo.kl_of_truncated"
         )
+    if truncated and r.unimix:
+        raise ConfigError(
+            f"{where}.rollout.unimix gives every token a share, and top_k, top_p or min_p cut some off; use one of them"
+        )
     if r.prefill_chunk and not r.slots:
         raise ConfigError(f"{where}.rollout.prefill_chunk does nothing while rollout.slots is 0: a fixed batch")
     for length in stage.data.prompt_lengths:

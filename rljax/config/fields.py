@@ -119,6 +119,7 @@ class RolloutConfig:
     top_k: Count = 0  # sample among so many tokens; 0: all
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # among the likeliest with this mass together; 1: all
     min_p: Decay = 0.0  # among those at least this likely relative to the likeliest; 0: all
+    unimix: Decay = 0.0  # share of the distribution that is even over the vocabulary, in sampling and log-probs alike
     keep_groups: Literal["all", "mixed"] = (
         "all"  # mixed: refill until prompts_per_step groups have both right and wrong
     )

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from etils import epath
 
-from rljax.data import arithmetic, countdown, stories
+from rljax.data import arithmetic, constraints, countdown, stories
 
 Row = dict[str, Any]
 
@@ -21,6 +21,7 @@ GENERATED: dict[str, Callable[..., list[Row]]] = {
     "arithmetic": arithmetic.make_rows,
     "arithmetic_comparisons": arithmetic.make_comparisons,
     "arithmetic_pairs": arithmetic.make_pairs,
+    "constraints": constraints.make_rows,
     "countdown": countdown.make_rows,
     "stories": stories.make_rows,
 }

@@ -201,6 +201,7 @@ from rljax.losses.value import (
     two_hot_cross_entropy,
     two_hot_value,
     unimix,
+    unimix_logprobs,
     value_bins,
 )
 
@@ -372,6 +373,7 @@ __all__ = [
     "two_hot_cross_entropy",
     "two_hot_value",
     "unimix",
+    "unimix_logprobs",
     "update_percentile_scale",
     "valid_pairs",
     "value_bins",

@@ -5,7 +5,7 @@ None takes a mask: see ``masked.zero_masked``. Targets are constants.
 
 import jax.numpy as jnp
 from jax import lax, nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rljax.losses.masked import at_least_float32
 
@@ -75,8 +75,12 @@ def unimix(logits: Float[Array, "*s n"], share: float = 0.01) -> Float[Array, "*
 
     For a policy apply it to stored and new log-probs alike.
     """
-    logp = nn.log_softmax(at_least_float32(logits), axis=-1)
-    return jnp.logaddexp(logp + jnp.log1p(-share), jnp.log(share / logits.shape[-1]))
+    return unimix_logprobs(nn.log_softmax(at_least_float32(logits), axis=-1), share, logits.shape[-1])
+
+
+def unimix_logprobs(logprobs: Float[Array, "*s"], share: float, choices: int | Int[Array, "..."]) -> Float[Array, "*s"]:
+    """``log((1 - u) p + u / n)`` of a log p known alone, as a sampled token's is; n ``choices`` (2301.04104)."""
+    return jnp.logaddexp(at_least_float32(logprobs) + jnp.log1p(-share), jnp.log(share / choices))
 
 
 def ema_critic_regularizer(

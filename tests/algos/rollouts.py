@@ -38,7 +38,8 @@ def experience(
         group_id=jnp.arange(rows),
         step_version=jnp.zeros(rows, jnp.int32),
     )
-    per_token = ("ref_logprobs", "proximal_logprobs", "values", "dense_rewards", "guide_logprobs", "teacher_logprobs")
+    per_token = ("ref_logprobs", "proximal_logprobs", "values", "ema_values")
+    per_token += ("dense_rewards", "guide_logprobs", "teacher_logprobs")
     scored = {name: placed(x) if name in per_token else jnp.asarray(x) for name, x in scored.items()}
     numbers = jnp.asarray(rewards, float)
     return Experience(rollout, numbers, numbers > 0, **scored)

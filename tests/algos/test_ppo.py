@@ -10,6 +10,7 @@ import pytest
 
 from rljax.algos import ppo, ppo_max, rto
 from rljax.losses.advantages import running_std
+from rljax.losses.value import ema_critic_regularizer, value_bins
 from rljax.types import Experience, Outputs
 from tests.algos.rollouts import completion, experience, on_completion
 from tests.algos.tables import terms_of
@@ -249,6 +250,39 @@ def test_two_hot_values_are_decoded_for_gae_and_fitted_in_symlog() -> None:
     np.testing.assert_allclose(got["value"], -((1 - share) * logp[1] + share * logp[2]), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Distances from the running mean's values .3, .5, .2 are .2, .1, .4; a clip has no part in it.
+        ("clipped", (0.2**2 + 0.1**2 + 0.4**2) / 6),
+        ("squared", (0.2**2 + 0.1**2 + 0.4**2) / 6),
+        ("huber", (0.2**2 / 2 + 0.1**2 / 2 + 0.3 * (0.4 - 0.15)) / 3),
+    ],
+)
+def test_a_critic_near_its_running_mean_by_hand(kind: str, expected: float) -> None:
+    algo = algorithm(value_loss=kind, huber_delta=0.3, value_ema_coef=0.5, value_ema_decay=0.9)
+    assert algo.critic_ema == 0.9 and algorithm().critic_ema == 0
+    batch = targets(algo, one_row(ema_values=[[0.3, 0.5, 0.2]]))[1]
+    out = outputs([[-1.0] * 3], [[0.5, 0.4, 0.6]])
+    got = terms_of(algo, out, batch, algo.init())
+    plain = terms_of(algorithm(value_loss=kind, huber_delta=0.3), out, targets(algorithm(), one_row())[1], algo.init())
+    np.testing.assert_allclose(got["value_ema"], expected, rtol=1e-5)
+    np.testing.assert_allclose(got["total"] - plain["total"], 0.1 * 0.5 * expected, rtol=1e-4)
+    assert got["value"] == plain["value"] and "value_ema" not in plain
+
+
+def test_a_two_hot_critic_near_its_running_mean() -> None:
+    """The same as the regulariser of the losses, of whole logits: what travels is the mean's value alone."""
+    algo = algorithm(value_loss="two_hot", value_bins=3, value_ema_coef=1.0)
+    rng = np.random.default_rng(0)
+    slow, new = rng.normal(size=(2, 1, 3, 3))
+    exp = one_row(values=np.zeros((1, 3, 3)), final_values=np.zeros((1, 3)), ema_values=slow)
+    batch = targets(algo, exp)[1]
+    assert batch["ema_values"].shape == (1, 5)
+    got = terms_of(algo, outputs([[-1.0] * 3], new), batch, algo.init())
+    np.testing.assert_allclose(got["value_ema"], ema_critic_regularizer(new, slow, value_bins(3)).mean(), rtol=1e-5)
+
+
 def test_micro_batches_add_up() -> None:
     rng = np.random.default_rng(0)
     exp = experience(
@@ -352,6 +386,7 @@ def test_its_state_goes_through_prepare() -> None:
     [
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target steers the KL in the reward"),
         ({"scale_by_percentile": True, "whiten_advantages": "rollout"}, "whitening undoes"),
+        ({"value_ema_coef": 1.0, "value_ema_decay": 1.0}, "value_ema_decay is 1.0"),
         ({"kl_in": "loss"}, "'k1' has no gradient in the loss"),
         ({"surrogate": "gspo"}, "sequence_mean_token_mean"),
     ],

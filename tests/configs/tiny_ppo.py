@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             "aggregation": "token_mean",
             "value_coef": 0.1,
             "value_clip": 0.2,
+            "value_ema_coef": 0.5,
             "gamma": 1.0,
             "lam": 0.95,
             "whiten_advantages": "minibatch",

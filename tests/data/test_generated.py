@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
-from rljax.data import arithmetic, countdown, stories
+from rljax.data import arithmetic, constraints, countdown, stories
 from rljax.data.tokenizer import character_tokenizer
+from rljax.rewards.base import Sample
+from rljax.rewards.ifeval import ifeval
 
 pytestmark = pytest.mark.fast
 
@@ -31,7 +33,7 @@ def test_worked_solution_by_hand():
     assert arithmetic.worked_solution([17, 25, -8]) == "17+25=42;42-8=34;#34"
 
 
-@pytest.mark.parametrize("task", [arithmetic, countdown])
+@pytest.mark.parametrize("task", [arithmetic, constraints, countdown])
 def test_splits_are_disjoint_whatever_the_seeds(task):
     prompts = {
         split: {row["prompt"] for seed in (0, 1, 2) for row in task.make_rows(split=split, count=count, seed=seed)}
@@ -58,7 +60,7 @@ def test_arithmetic_order_is_the_seeds():
     assert first != arithmetic.make_rows(split="train", count=50, seed=4)
 
 
-@pytest.mark.parametrize("task", [arithmetic, countdown])
+@pytest.mark.parametrize("task", [arithmetic, constraints, countdown])
 def test_alphabet_spells_every_row(task):
     tokenizer = character_tokenizer(task.ALPHABET)
     for row in task.make_rows(split="train", count=300):
@@ -73,6 +75,25 @@ def test_too_many_problems_and_wrong_names_are_said():
         arithmetic.make_rows(split="train", difficulty=9)
     with pytest.raises(ValueError, match="no split 'val'; it has train, dev, test"):
         arithmetic.make_rows(split="val")
+
+
+def test_solutions_keep_their_constraint_or_pay_it_no_heed():
+    def kept(**options):
+        rows = constraints.make_rows(split="train", count=600, **options)
+        found = Counter()
+        for row in rows:
+            score = ifeval(Sample(prompt=row["prompt"], completion=row["solution"], row=row))
+            found[row["instruction_id_list"][0]] += score.correct
+            assert row["solution"].startswith(row["prompt"].split(",")[0])
+        return found, Counter(row["instruction_id_list"][0] for row in rows)
+
+    right, asked = kept()
+    assert right == asked and set(asked) == {"count:word_count_range", "count:unique_word_count", "count:numbers"}
+    right, asked = kept(ignored_share=1.0)
+    assert 0.2 < right.total() / asked.total() < 0.4
+    assert constraints.make_rows(split="dev", count=20, seed=1) != constraints.make_rows(split="dev", count=20)
+    with pytest.raises(ValueError, match="no split 'val'; they have train, dev, test"):
+        constraints.make_rows(split="val")
 
 
 def test_countdown_solutions_use_each_number_once_and_reach_the_target():

@@ -16,6 +16,7 @@ from rljax.losses import (
     two_hot_cross_entropy,
     two_hot_value,
     unimix,
+    unimix_logprobs,
     value_bins,
 )
 
@@ -89,6 +90,9 @@ def test_unimix_by_hand():
     # Probabilities (1, 0, 0, 0) at u = .2: .8 + .05, and .05 each.
     mixed = jnp.exp(unimix(jnp.array([0.0, -jnp.inf, -jnp.inf, -jnp.inf]), 0.2))
     np.testing.assert_allclose(mixed, [0.85, 0.05, 0.05, 0.05], rtol=1e-6)
+    # Of one token at a time: p = .5 among 4 at u = .2 is .4 + .05; its slope in log p is .4 / .45.
+    one = jax.value_and_grad(lambda logp: unimix_logprobs(logp, 0.2, 4))(jnp.log(0.5))
+    np.testing.assert_allclose(one, [np.log(0.45), 0.4 / 0.45], rtol=1e-6)
 
 
 def test_ema_critic_is_a_constant_target():

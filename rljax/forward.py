@@ -303,10 +303,15 @@ def _in_pieces(
 
 
 def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int | None, layout: Layout) -> Any:
-    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for."""
+    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for.
+
+    Pieces are equal: where ``pieces`` does not divide the rows of a data shard, the next larger number that does.
+    """
+    rows = batch["tokens"].shape[0]
+    a_shard = rows // layout.data_shards
+    pieces = next(n for n in range(min(pieces, a_shard), a_shard + 1) if a_shard % n == 0)
     if bin_length is None or pieces == 1:
         return join_rows(jax.lax.map(run, cut_rows(batch, pieces, layout)), layout)
-    rows = batch["tokens"].shape[0]
     packing = make_packing(batch, layout, pieces, bin_length)
     places = pack(packing, layout, batch["valid"])
 

@@ -47,9 +47,13 @@ class Places(NamedTuple):
 def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: int, unit: int = 1) -> Packing:
     """The packing of a batch whose micro-batches have one row a bin at worst; ``bin_length`` 0 is the rows' width.
 
-    Raises ValueError where the longest row does not fit.
+    Raises ValueError where the longest row does not fit, or where micro-batches would not be equal.
     """
     rows, width = batch["tokens"].shape
+    if rows % (micro_batches * layout.data_shards):
+        raise ValueError(
+            f"{rows} rows do not divide into {micro_batches} micro-batches over {layout.data_shards} data shards"
+        )
     if bin_length and bin_length < width:
         raise ValueError(f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it or leave it 0")
     return Packing(micro_batches, rows // (micro_batches * layout.data_shards), bin_length or width, unit)

@@ -101,14 +101,11 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
 
 
 def _count(run: Run, stage: Stage, result: StepResult) -> None:
-    progress, metrics = run.progress, result.metrics
-    rollout, rounds = stage.config.rollout, int(metrics.get("train/rounds", 1))
-    progress.prompts += (
-        rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step // stage.algorithm.unit
-    )
-    progress.episodes += (
-        rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step // stage.algorithm.unit
-    )
+    progress, metrics, config = run.progress, result.metrics, stage.config
+    rounds = int(metrics.get("train/rounds", 1))
+    drawn = stage.rows_per_step // stage.algorithm.unit
+    progress.prompts += rounds * config.rollout.prompts_per_step if stage.online else drawn
+    progress.episodes += rounds * config.rollout_rows if stage.online else drawn
     progress.tokens += int(metrics.pop("tokens"))
     progress.bad_steps = progress.bad_steps + 1 if metrics["train/skipped"] else 0
     metrics |= {
@@ -116,7 +113,7 @@ def _count(run: Run, stage: Stage, result: StepResult) -> None:
         "train/episodes": progress.episodes,
         "train/tokens": progress.tokens,
         "train/epoch": progress.data.epoch + progress.data.taken / max(len(stage.source), 1),
-        **usage_metrics(run.session, metrics),
+        **usage_metrics(run.session, metrics, trained=stage.trees.values(), passes=config.passes),
     }
 
 

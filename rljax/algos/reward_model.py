@@ -77,7 +77,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             "confidence": jax.nn.sigmoid(jnp.abs(gaps)),
         }
         terms |= {name: Term(masked_sum(value, won), "comparisons", 0.0) for name, value in metrics.items()}
-        return terms | {"reward": Term(masked_sum(rewards, present), "answers", 0.0)}
+        return terms | {"score": Term(masked_sum(rewards, present), "answers", 0.0)}
 
     return Algorithm(
         needs=frozenset(),

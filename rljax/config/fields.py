@@ -290,6 +290,11 @@ class StageConfig:
         return self.rollout.prompts_per_step * (algorithm.rows_per_prompt or self.rollout.group_size)
 
     @property
+    def passes(self) -> float:
+        """How often a token of a step is trained on: in every epoch, if its row is among those of the update."""
+        return self.batch.epochs * (self.rows_per_step / self.rollout_rows if self.is_online else 1.0)
+
+    @property
     def optimizer_steps(self) -> int:
         """Over the whole stage: the horizon of its schedule."""
         return self.steps * self.batch.epochs * self.batch.minibatches

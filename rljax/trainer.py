@@ -46,7 +46,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         trees = _starting_trees(run, stage, origin)
         _freeze_models(run, stage, origin, trees.get("policy"))
         open_comparisons(run, stage, origin, trees.get("policy"))
-        if progress.step == 0:
+        if progress.step == 0 and (config.steps > 0 or name == run.config.recipe[-1]):
             run.evaluate("test", trees)
             run.evaluate("dev", trees)
         state = stage.start({tree: trees[tree] for tree in stage.trees})

@@ -219,7 +219,7 @@ def test_a_run_may_be_prolonged_and_a_finished_one_asked_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [("off", "warm_start"), ("warm_start", "off")])
 def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):
-    """The same weights come out as from a recipe without it."""
+    """The same weights come out as from a recipe without it, and no evaluation is made twice."""
     policies = []
     for name, stages in (("with", recipe), ("without", ("warm_start",))):
         config = make_config(tiny_config(recipe=("warm_start",), output_dir=str(tmp_path / name)))
@@ -229,4 +229,5 @@ def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):
             train(opened)
             finish(opened)
         policies.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+        assert [record["step"] for record in lines(tmp_path / name) if "eval/score" in record] == [0, 3]
     assert policies[0] == policies[1]

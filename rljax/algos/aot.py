@@ -14,8 +14,8 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the KL to the reference
-    paired: bool  # sorted l_w - l_l against the reference's; else sorted r_w against sorted r_l
+    beta: float  # KL coefficient
+    paired: bool  # compare sorted l_w - l_l with the reference's; otherwise sorted r_w with sorted r_l
     label_smoothing: float = 0.0  # rate of wrong labels
 
 

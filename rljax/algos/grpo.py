@@ -34,10 +34,10 @@ Statistic = Literal["group", "batch", "running", "none"]
 @dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
     advantage_mean: Literal["group", "batch", "running", "none", "by_length"]  # what is subtracted from a reward
-    advantage_std: Statistic  # what it is divided by; batch is of the raw rewards
-    mixed_scale: bool = False  # times rows over rows of groups whose rewards differ (GPG's α)
-    overlong_buffer: int = 0  # tokens before the budget in which a penalty grows (2503.14476, eq. 13); 0: none
-    overlong_factor: float = 1.0  # what the penalty grows to
+    advantage_std: Statistic  # what it is divided by; batch uses the raw rewards
+    mixed_scale: bool = False  # scale by rows over rows of groups with differing rewards (GPG's α)
+    overlong_buffer: int = 0  # length penalty over this many tokens before the budget (2503.14476, eq. 13); 0: off
+    overlong_factor: float = 1.0  # largest penalty
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

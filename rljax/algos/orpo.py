@@ -11,7 +11,7 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    odds_coef: float  # λ, of the odds ratio beside the cross entropy
+    odds_coef: float  # λ, weight of the odds ratio beside the cross entropy
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

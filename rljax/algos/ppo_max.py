@@ -19,7 +19,7 @@ from rljax.types import Experience
 @dataclass(frozen=True, kw_only=True)
 class Config(ppo.Config):
     reward_center: bool = True  # subtract the running mean; the authors' script only divides
-    normalized_clip: float | None  # δ: normalised rewards stay within ± this (10 in the authors' code); None: no clip
+    normalized_clip: float | None  # clip normalised rewards to ± this (10 in the authors' code); None: no clip
 
 
 class State(NamedTuple):

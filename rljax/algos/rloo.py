@@ -16,7 +16,7 @@ from rljax.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ShapedRewardConfig):
-    whiten_advantages: bool = False  # over the rollout's tokens; not in the paper
+    whiten_advantages: bool = False  # normalise over the rollout's tokens; not in the paper
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -18,8 +18,8 @@ from rljax.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ppo.Config):
-    guide_coef: float  # β1; it has DPO's β in it already. 0 is PPO and reads no guide
-    guide_clamp: float | None = None  # a token's reward from the guide stays within ± this (.05 in the paper's code)
+    guide_coef: float  # β1, which already includes DPO's β; 0 is plain PPO without a guide
+    guide_clamp: float | None = None  # clip each token's reward from the guide to ± this (.05 in the paper's code)
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

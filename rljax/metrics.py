@@ -320,13 +320,13 @@ _INTRODUCTION = """# Metrics
 
 Written by `python -c "from rljax.metrics import document; print(document(), end='')" > docs/metrics.md`.
 
-`metrics.jsonl` holds one JSON object a line, in the order things happened. Each has `step` (steps of the loop done so
-far, over all stages; 0 is before the first) and `phase` (the stage of the recipe, `eval`, or `event`). A key is absent
-where it has no meaning. A value that is not finite is `null`, and `nonfinite` counts those of the line. A step stands
-in the file once, also after kills and resumptions. Keys under `time/`, `speed/` and `memory/` and those that end in
-`/seconds` are measured; all others are the same, bit for bit, in every run of one config on the same mesh and versions.
-Shares go from 0 to 1; logarithms are natural. Where a rival writes half of a step's completions (XPO, Nash-MD), what
-`train/` says of completions is said of the policy's own.
+`metrics.jsonl` holds one JSON object per line, in chronological order. Each has a `step` (steps of the loop so far,
+over all stages; 0 is before the first) and a `phase` (the stage of the recipe, `data`, `eval` or `event`). A key is
+absent where it has no meaning. A value that is not finite is written as `null`, and `nonfinite` counts them per line.
+Each step appears once, even if the run was killed and resumed. Keys under `time/`, `speed/` and `memory/` and those
+ending in `/seconds` are measurements; all others are identical, bit for bit, in every run of one config on the same
+mesh and versions. Shares range from 0 to 1; logarithms are natural. Where a rival model writes half of a step's
+completions (XPO, Nash-MD), `train/` metrics of completions describe the policy's own.
 
 ```python
 import pandas as pd

@@ -267,14 +267,17 @@ def finish(run: Run) -> None:
         _export(run, "reward_model", session.folder / "reward_model")
     run.writer.say(f"done: {run.progress.step} steps, {run.progress.episodes} episodes, {run.progress.tokens} tokens")
     for name, what in (
-        ("metrics.jsonl", "one JSON object a line; docs/metrics.md explains the keys"),
-        ("samples.jsonl", "what the policy wrote, before and after"),
-        ("checkpoints", "the same command goes on from the newest"),
-        ("model", "the trained policy; transformers loads it"),
-        ("reward_model", "the trained reward model, for transformers' sequence classification"),
+        ("metrics.jsonl", "one JSON object per line; docs/metrics.md explains the keys"),
+        ("samples.jsonl", "completions before, during and after training"),
+        ("checkpoints", "to train further, raise config.steps and run the same command"),
+        ("model", "the trained policy, which transformers can load"),
+        ("reward_model", "the trained reward model, as a transformers sequence classifier"),
     ):
         if (session.folder / name).exists():
             run.writer.say(f"  {session.folder / name}: {what}")
+    run.writer.say(
+        "next: change any setting with --config.KEY=VALUE (docs/config.md), or run another recipe in configs/"
+    )
     # Who is through waits here for who still writes: the farewell of processes has a time limit.
     agree(np.asarray(0), np.max)
 

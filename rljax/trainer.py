@@ -74,7 +74,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         if leave and progress.step < total_steps(run.config):
             run.checkpoints.wait()
             run.writer.event(
-                progress.step, f"asked to leave: step {progress.step} is saved; the same command goes on from there"
+                progress.step, f"interrupted: step {progress.step} is saved; run the same command to resume"
             )
             return None
     return state.params
@@ -194,7 +194,7 @@ def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     state = stage.restored(saved)
     open_comparisons(run, stage, origin, None)
     run.writer.event(
-        run.progress.step, f"going on from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
+        run.progress.step, f"resuming from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
     )
     return state
 

@@ -46,7 +46,7 @@ LONG = {
 
 def resumed_at(log: Path) -> int:
     """The step that a process went on from; 0 for a beginning."""
-    return int((re.findall(r"going on from step (\d+)", log.read_text()) or [0])[-1])
+    return int((re.findall(r"resuming from step (\d+)", log.read_text()) or [0])[-1])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_killed_and_started_again_equals_uninterrupted(tmp_path, uninterrupted):
 
 def test_sigterm_saves_that_step_and_the_same_command_goes_on(tmp_path, asked_to_leave, uninterrupted):
     folder, said = asked_to_leave
-    assert "asked to leave: step 5 is saved; the same command goes on from there" in said
+    assert "interrupted: step 5 is saved; run the same command to resume" in said
     assert max(record["step"] for record in lines(folder)) == 5
     shutil.copytree(folder, tmp_path / "run")
     assert run(tiny_command(tmp_path / "run", **EVERYTHING), tmp_path / "log") == 0

@@ -19,14 +19,14 @@ from rljax.config.build import algo_defaults, all_keys, hints, make_config, no_s
 from rljax.config.errors import ConfigError, nearest
 from rljax.config.fields import STAGE_FIELDS, Config, StageConfig
 
-USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
+USAGE = """usage: python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
 
   --config FILE         a Python file with get_config(), such as configs/quickstart.py, or one of its VARIANTS,
                         such as configs/zephyr.py:paper
-  --config.KEY=VALUE    a setting by its dotted key: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
-                        (docs/config.md has them all; a list is written 10,12)
-  --print_config        show the resolved config and leave
-  --dry_run             check everything, show the first prompts and the memory plan; compile and write nothing
+  --config.KEY=VALUE    override a setting: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
+                        (docs/config.md lists them all; lists are written 10,12)
+  --print_config        print the resolved config and exit
+  --dry_run             check everything, print the first prompts and the memory plan, and exit; compiles nothing
 """
 SWITCHES = ("print_config", "dry_run")
 KEYS = sorted({key.rpartition(".")[2] for key in all_keys(Config, "config")})

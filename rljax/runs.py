@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from rljax import __version__
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "transformers", "datasets", "numpy")
 TOKEN = ".launch"
 _ALONE = 0  # the status that a process reports when it has nothing to complain of
@@ -128,7 +130,7 @@ def versions(*, seed: int, command: Sequence[str] | None = None) -> dict[str, An
     commit, dirty = _source()
     device = jax.devices()[0]
     return {
-        "rljax": metadata.version("rljax"),
+        "rljax": __version__,
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),

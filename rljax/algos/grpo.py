@@ -48,6 +48,11 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     if by_length and config.advantage_std != "none":
         raise ValueError("advantage_mean 'by_length' is OPO's, which divides by nothing; set advantage_std to 'none'")
 
+    if config.overlong_buffer < 0 or config.overlong_buffer > max_new_tokens:
+        raise ValueError(
+            f"overlong_buffer is {config.overlong_buffer}; give tokens within the budget of {max_new_tokens}, or 0"
+        )
+
     def rewards_of(experience: Experience) -> Float[Array, " b"]:
         mask = experience.rollout.loss_mask
         rewards = experience.rewards - config.kl_coef * masked_sum(kl_in_reward(config, experience), mask, axis=-1)

@@ -108,6 +108,7 @@ SURROGATES: dict[str, Callable[[PolicyConfig, PerToken, PerToken, PerToken, Mask
     "reinforce": lambda c, new, old, a, mask: reinforce(new, a),
 }
 OF_SEQUENCES = ("gspo", "gmpo")
+WITHOUT_RATIO = ("cispo", "reinforce")  # their loss is -A log π, with or without a constant weight
 KL_ESTIMATORS: dict[str, Callable[[PerToken, PerToken, PerToken], PerToken]] = {
     "k1": lambda new, ref, sampled: k1(new, ref),
     "k2": lambda new, ref, sampled: k2(new, ref),
@@ -154,6 +155,12 @@ def policy_needs(config: PolicyConfig) -> set[str]:
         )
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError("kl_estimator 'k1' has no gradient in the loss; set kl_in to 'reward', or take k2 or k3")
+    if config.dual_clip is not None and config.surrogate in WITHOUT_RATIO:
+        raise ValueError(
+            f"dual_clip bounds a ratio, and surrogate {config.surrogate!r} has none in its loss; leave it out"
+        )
+    if config.dual_clip is not None and not config.dual_clip > 1:
+        raise ValueError(f"dual_clip is {config.dual_clip:g}; it bounds the ratio and must be above 1 (usually 3)")
     if len(config.sapo_tau) != 2 or len(config.covariance_bounds) != 2:
         raise ValueError("sapo_tau and covariance_bounds are two numbers each")
     asked = {
@@ -235,7 +242,7 @@ def policy_terms(config: PolicyConfig, aggregation: Aggregation, outputs: Output
         mask, outputs.logprobs, outputs.entropy, _old(batch), batch["advantages"]
     )
     losses = SURROGATES[config.surrogate](config, new, old, advantages, mask)
-    if config.dual_clip:
+    if config.dual_clip is not None:
         losses = dual_clip(losses, advantages, config.dual_clip)
     if config.correction != "none":
         losses = batch["weights"] * losses

@@ -63,6 +63,18 @@ def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> flo
     return float(np.dot(chance, means))
 
 
+def win_rates(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
+    """Chance that a sample of ours beats one of theirs, by problem: over all pairs of samples, a tie is half a win.
+
+    Both are scores [problems, samples] of the same problems; the numbers of samples may differ. Raises ValueError if
+    the numbers of problems do.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.ndim != 2 or theirs.ndim != 2 or len(ours) != len(theirs):
+        raise ValueError(f"a win rate needs [problems, samples] of the same problems; got {ours.shape}, {theirs.shape}")
+    return (np.sign(ours[:, :, None] - theirs[:, None, :]).mean(axis=(1, 2)) + 1) / 2
+
+
 class Interval(NamedTuple):
     """Ends of a confidence interval."""
 

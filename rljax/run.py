@@ -97,6 +97,7 @@ class Run:
     def save_stage(self, name: str, trees: dict[str, Params]) -> None:
         for tree, params in trees.items():
             with self._stage_weights(name, tree) as store:
+                store.delete_after(self.progress.stage_step - 1)  # of a run that was killed before its checkpoint
                 store.save(self.progress.stage_step, params, {}, force=True)  # a stage may be prolonged later
                 store.wait()
 

@@ -216,6 +216,17 @@ def test_a_run_may_be_prolonged_and_a_finished_one_asked_again(tmp_path):
     assert left_behind(tmp_path / "whole")["policy"] == finished["policy"]
 
 
+def test_weights_of_a_stage_that_is_trained_again_replace_the_old_ones(tmp_path):
+    """A run killed between a stage's weights and its checkpoint may go on with another learning rate."""
+    session = open_session(make_config(tiny_config(output_dir=str(tmp_path / "run"))), jax.devices()[:1])
+    with open_training(session) as opened:
+        before = opened.load_policy("base")
+        after = jax.tree.map(lambda x: x + 1, before)
+        for policy in (before, after):
+            opened.save_stage("main", {"policy": policy})
+        jax.tree.map(np.testing.assert_array_equal, opened.load_policy("main"), after)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [("off", "warm_start"), ("warm_start", "off")])
 def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):

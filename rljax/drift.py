@@ -134,6 +134,9 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> Report
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report of trained model folders against the config's own start, as JSON."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__, end="")
+        return 0
     folders = [text.partition("=")[2] for text in arguments if text.startswith("--model=")]
     try:
         if not folders:

@@ -48,6 +48,7 @@ def test_each_bound_by_hand(key):
 
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rljax.drift.start_devices", lambda config: None)
+    assert main(["--help"]) == 0 and "--model=A --model=B" in capsys.readouterr().out
     assert main(CONFIG) == 2
     assert capsys.readouterr().err == "error: give the trained policy's folder as --model=runs/NAME/model\n"
     assert main([*CONFIG, f"--model={tmp_path / 'nowhere'}"]) == 2

@@ -13,8 +13,9 @@ from rljax.algos.base import Algorithm, Batch
 from rljax.algos.pairs import on_rows
 from rljax.config import EvalConfig
 from rljax.data.batches import DataPosition
-from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
+from rljax.forward import Forward, head_needs, make_reward
 from rljax.models.decoder import Params
+from rljax.packing import cut_rows, join_rows
 from rljax.rewards.estimates import best_of_n, with_interval
 from rljax.rollouts import Completions
 from rljax.sharding import gather, to_global

@@ -1,4 +1,4 @@
-"""The completions of one step: one round of prompts, or with dynamic sampling as many as it takes."""
+"""The completions of one step: one round of prompts, or several with dynamic sampling."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Held-out comparisons: how often the better answer has the higher reward, by how much, and how surely."""
+"""Held-out comparisons: accuracy, margin, calibration and best-of-n of rewards."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Rows through a model, as training and scoring run them: one pass, then what was asked of its hidden states."""
+"""Forward passes for training and scoring: rows through a model, and what is read off its hidden states."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

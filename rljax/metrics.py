@@ -1,4 +1,4 @@
-"""What a run writes down: every metric's name and meaning, and the writer of metrics.jsonl and samples.jsonl.
+"""Metrics: the name and meaning of each, and the writer of metrics.jsonl and samples.jsonl.
 
 Only one process writes. Names under ``time/``, ``speed/`` and ``memory/`` are measured; all others come out the same,
 bit for bit, when a killed run is started again.

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from a config: optax chains, one for each tree of parameters.
+"""Optimizers and learning-rate schedules from a config: one optax chain per tree of parameters.
 
 Training holds one or several trees (``{"policy": ..., "critic": ...}``); each may have its own rate, schedule and clip.
 """

@@ -1,4 +1,4 @@
-"""The fast rollout: a queue of requests, slots that refill inside the loop, prompts that are shared; one program.
+"""The fast rollout: a queue of requests, slots that refill inside the loop, and shared prompts, in one program.
 
 A data shard has R requests (prompts x group) and S slots. A slot whose answer ended takes the next request inside the
 loop. A prompt is prefilled once into one of Q entries, where all samples of its group read it; an entry whose samples

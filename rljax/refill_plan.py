@@ -1,4 +1,4 @@
-"""How the requests of a rollout are worked off: slots, loops and prefills. The tokens do not depend on it."""
+"""How a rollout schedules its requests: slots, loops and prefills. The tokens do not depend on it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the loop of a rollout with refill carries, and what it closes over."""
+"""The carry of the refill loop, and what it closes over."""
 
 from typing import Any, NamedTuple
 

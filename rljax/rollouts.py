@@ -1,4 +1,4 @@
-"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
+"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""One run: where it stands, what it holds open, and how it is opened and finished."""
+"""One run: its progress, its open resources, and how it is opened and finished."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what made it, and its files of JSON lines. Local or ``gs://``."""
+"""The run folder, local or ``gs://``: ownership checks, versions, and JSON-lines files."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Prompts in, Rollout out, as one compiled program: prefill, then a loop of tokens against a cache."""
+"""Prompts to a Rollout in one compiled program: prefill, then a loop of decode steps against a cache."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
+"""What stays fixed during a run: devices, mesh, model, tokenizer, folder, random seed."""
 
 import os
 from collections.abc import Sequence

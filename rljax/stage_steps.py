@@ -1,4 +1,4 @@
-"""One step of a stage: rows drawn and trained on, or completions sampled, rewarded, scored and trained on."""
+"""One step of a stage: draw rows and train, or sample, reward, score and train."""
 
 import time
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The compiled programs of training: the whole update of one rollout or one draw of rows, and what stands around it."""
+"""The compiled update: all optimizer steps of one rollout, or of one draw of rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The loop: stages in order, steps in each, evaluations, checkpoints, and the rules that stop a run."""
+"""The training loop: stages, steps, evaluations, checkpoints, and limits that stop a run."""
 
 import time
 

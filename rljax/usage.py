@@ -1,4 +1,4 @@
-"""How much of the machine a step used: model FLOPs, share of the peak, memory."""
+"""Resource use of a step: model FLOPs, MFU, memory."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""AOT (2406.05882): the k-th smallest log-ratio of the chosen against the k-th smallest of the rejected, of a step."""
+"""AOT (2406.05882): match sorted log-ratios of chosen and rejected completions over an optimizer step."""
 
 from dataclasses import dataclass
 from functools import partial

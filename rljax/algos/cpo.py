@@ -1,4 +1,4 @@
-"""CPO (2401.08417): DPO with a flat reference, and cloning of the chosen side."""
+"""CPO (2401.08417): DPO with a uniform reference, plus behavior cloning of the chosen completion."""
 
 from dataclasses import dataclass
 from typing import Literal

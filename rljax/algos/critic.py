@@ -1,4 +1,4 @@
-"""The critic's part of an online loss: value losses by name, and what a critic's head says as one number."""
+"""The critic in online algorithms: value losses by name, and its outputs as one number."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""DPO (2305.18290) and the losses that replace its sigmoid, its log-probs, its divergence or its weights.
+"""DPO (2305.18290) and its variants: other losses, log-probs, divergences and weights.
 
 A reference that follows the policy (TR-DPO, 2404.09656) is the stage's: ``reference_ema``, ``reference_reset_steps``.
 """

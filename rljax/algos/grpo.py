@@ -1,4 +1,4 @@
-"""GRPO (2402.03300) and what is made of its pieces: one completion is judged against the others of its prompt.
+"""GRPO (2402.03300) and its variants: completions are compared with the others of the same prompt.
 
 Dr. GRPO (2503.20783): advantage_std none, constant_length. DAPO (2503.14476): clip_high .28, token_mean, kl_coef 0, an
 overlong buffer, ``rollout.keep_groups`` mixed. Lite PPO (2508.08221): advantage_std batch, token_mean. GSPO, CISPO,

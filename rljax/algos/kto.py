@@ -1,4 +1,4 @@
-"""KTO (2402.01306): single completions marked desirable or not, against the mean log-ratio of mismatched ones."""
+"""KTO (2402.01306): completions marked desirable or not, against the mean log-ratio of mismatched ones."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Nash-MD (2312.00886): the policy learns to be preferred to its own mixture with the reference.
+"""Nash-MD (2312.00886): the policy learns to be preferred over its own mixture with the reference.
 
 A prompt's first completion is the policy's, its second a rival's from ``π^{1-m} ref^m`` (``rival_mixture``). Only the
 first is trained; the rival leaves the batch once it has judged.

@@ -1,4 +1,4 @@
-"""ORPO (2403.07691): cross-entropy of the chosen side and the odds of chosen against rejected, without a reference."""
+"""ORPO (2403.07691): cross entropy on the chosen completion plus an odds ratio, without a reference."""
 
 from dataclasses import dataclass
 

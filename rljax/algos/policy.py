@@ -1,4 +1,4 @@
-"""The policy's part of an online loss: surrogates, off-policy weights, KL and entropy, each chosen by name.
+"""The policy in online algorithms: surrogates, off-policy weights, KL and entropy, each chosen by name.
 
 Three policies, three names: the sampler's log-probs are ``behavior_logprobs``; ``proximal_logprobs`` are the trainer's
 own, once before the first update, where a correction asks for them; ratios are current over proximal.

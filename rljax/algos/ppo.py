@@ -1,4 +1,4 @@
-"""PPO (1707.06347) with a critic, as RLHF has it: the score on the last token, the KL in the reward, GAE.
+"""PPO (1707.06347) with a critic, as in RLHF: the score on the last token, the KL in the reward, GAE.
 
 Tulu 2.5 (2406.09279), Tulu 3 (2411.15124) and the TL;DR reproduction (2403.17031) are settings of this file. RTO and
 PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, value_ema_coef,

@@ -1,4 +1,4 @@
-"""PPO-max (2307.04964): PPO on rewards that are normalised by everything seen so far, and clipped.
+"""PPO-max (2307.04964): PPO on rewards normalised by running statistics, and clipped.
 
 The rest of its set are settings: kl_coef .05 in the reward, value_clip .2, a critic from the reward model
 (``critic.init_from``), first trained alone (``optim.freeze_steps``), ``text_mix`` for PPO-ptx.

@@ -1,4 +1,4 @@
-"""RLOO (2402.14740): REINFORCE whose baseline is the mean reward of a prompt's other completions.
+"""RLOO (2402.14740): REINFORCE with the mean reward of a prompt's other completions as baseline.
 
 A completion is one action: its reward has the KL of the whole sequence in it. The paper's loss is surrogate reinforce
 under sequence_mean_token_sum; several updates of one rollout want the clipped surrogate.

@@ -1,4 +1,4 @@
-"""RTO (2404.18922): PPO whose token rewards come from a DPO policy, ``β1 log(π_dpo / π_ref)`` at each token.
+"""RTO (2404.18922): PPO with token rewards from a DPO policy, ``β1 log(π_dpo / π_ref)``.
 
 The guide is the DPO policy (``guide_from``), the reference the model that it was trained from. Over a completion the
 unclamped rewards sum to β1 times the log-ratio of the sequence: a bonus with its credit spread.

@@ -1,4 +1,4 @@
-"""What a completion's score is worth: the missing end token, gain and bias, a bound."""
+"""Processing of raw scores: missing end token, gain and bias, clipping."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross entropy on the tokens of the completion, packed or not, and what is added to it."""
+"""Supervised fine-tuning: cross entropy on completion tokens, with optional smoothing, z-loss and DFT."""
 
 from dataclasses import dataclass
 from typing import Literal

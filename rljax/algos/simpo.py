@@ -1,4 +1,4 @@
-"""SimPO (2405.14734): mean log-probs with a margin, without a reference."""
+"""SimPO (2405.14734): mean log-probs with a target margin, without a reference."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""V-trace actor-critic (IMPALA, 1802.01561): value targets and advantages corrected for rollouts of an older policy.
+"""V-trace actor-critic (IMPALA, 1802.01561): targets and advantages corrected for rollouts of an older policy.
 
 The weights are proximal over behaviour, so a rollout may come from an earlier version (``staleness``) or from a sampler
 of another precision; the advantages carry ρ and take a plain policy gradient. Cleanba's IMPALA (2310.00036) sums over

@@ -1,4 +1,4 @@
-"""XPO (2405.21046): online DPO that also pushes down what the reference writes, and so explores.
+"""XPO (2405.21046): online DPO that also lowers the likelihood of the reference's completions, to explore.
 
 A prompt's first completion is the policy's and its second the reference's (``rival_mixture`` 1); scores order the pair.
 """

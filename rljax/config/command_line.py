@@ -1,4 +1,4 @@
-"""The command line: ``--config FILE``, ``--config.dotted.key=value`` and two switches. Nothing else passes."""
+"""The command line: ``--config FILE``, ``--config.dotted.key=value`` and two switches, and nothing else."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run's settings as frozen dataclasses. What a field means stands beside it; docs/config.md is made from that.
+"""A run's settings as frozen dataclasses. The comments beside the fields become docs/config.md.
 
 The top level of a config describes the main job. A stage that differs from it (a warm start, say) lists under
 ``stages`` only what differs.

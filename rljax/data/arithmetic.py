@@ -1,4 +1,4 @@
-"""A reasoning task made on the spot: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
+"""A generated reasoning task: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""How much of the evaluation stands in the training data: exact copies, shared 8-grams, and duplicates."""
+"""Overlap of evaluation and training data: exact copies, shared 8-grams, and duplicates."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Labelled prefixes as fixed-shape NumPy batches: outcomes of whole answers, and steps that are right or wrong."""
+"""Labelled prefixes as fixed-shape NumPy batches: outcomes of whole answers, and correctness of steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Prompts cut from TinyStories: an opening, and words of the real continuation that a completion has to use."""
+"""Prompts cut from TinyStories: an opening, and words that the completion has to use."""
 
 import re
 from collections import Counter

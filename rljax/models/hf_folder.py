@@ -1,4 +1,4 @@
-"""Model folders: a local path, a bucket's or a name on the Hub, and the json files inside."""
+"""Model folders, local, in a bucket or on the Hub, and their JSON files."""
 
 import hashlib
 import json

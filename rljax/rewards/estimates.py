@@ -1,4 +1,4 @@
-"""What to say of m scored samples a problem: pass@k, maj@k, rerank@k, best-of-n, and intervals over problems."""
+"""Statistics of scored samples: pass@k, maj@k, rerank@k, best-of-n, win rates, and bootstrap intervals."""
 
 import math
 from collections.abc import Sequence

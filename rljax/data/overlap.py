@@ -34,9 +34,10 @@ def count_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, n: int = 8
     evaluation_texts = [_normalised(row, number) for number, row in enumerate(evaluation)]
     wholes: dict[str, int] = {}
     ngrams: dict[tuple[str, ...], int] = {}
+    asked = {gram for text in evaluation_texts for gram in _ngrams(text, n)}  # few: training texts may be millions
     for number, text in enumerate(train_texts):
         wholes.setdefault(text, number)
-        for gram in _ngrams(text, n):
+        for gram in asked.intersection(_ngrams(text, n)):
             ngrams.setdefault(gram, number)
     exact = shared = 0
     examples: list[tuple[int, int]] = []

@@ -69,8 +69,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
             switches.add(name)
             continue
         if name != "config" and not name.startswith("config."):
-            close = difflib.get_close_matches(name.partition(".")[0], ("config", *SWITCHES), n=1, cutoff=0.0)
-            raise ConfigError(f"{flag} is not a flag; did you mean --{close[0]}?")
+            raise ConfigError(f"{flag} is not a flag; {_meant(name)}")
         if not equals:
             if not waiting or waiting[0].startswith("--"):
                 raise ConfigError(f"{flag} has no value; write {flag}=value")
@@ -82,6 +81,14 @@ def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
         else:
             overrides[name.removeprefix("config.")] = text
     return file, overrides, switches
+
+
+def _meant(name: str) -> str:
+    """What a flag may have been meant to be: a setting without its group, or a misspelt flag."""
+    keys = [key for key in all_keys(Config, "config") if key.endswith(f".{name}")]
+    close = difflib.get_close_matches(name.partition(".")[0], ("config", *SWITCHES), n=1)
+    found = sorted(keys, key=lambda key: key.count("."))[:1] or close
+    return f"did you mean --{found[0]}?" if found else "settings are given as --config.key=value"
 
 
 def load_config_file(path: str) -> dict[str, Any]:

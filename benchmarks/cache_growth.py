@@ -10,7 +10,7 @@ from benchmarks.common import Report, arguments, check, interleaved, median
 from benchmarks.sampler import LARGEST_GAP, random_prompts
 from benchmarks.workload import PROMPT, endless_session, forward_flops, grpo_config
 from rljax.forward import make_score
-from rljax.refill import RefillPlan
+from rljax.refill_plan import RefillPlan
 from rljax.sampler import make_generate
 
 

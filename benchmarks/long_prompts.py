@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.sampler import random_prompts
 from benchmarks.workload import endless_session, forward_flops, grpo_config
-from rljax.refill import RefillPlan
+from rljax.refill_plan import RefillPlan
 from rljax.sampler import make_generate
 
 PROMPTS, GROUP, PROMPT, COMPLETION = 2, 32, 512, 32

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.workload import COMPLETION, PROMPT, endless_session, forward_flops, grpo_config
 from rljax.forward import make_score
-from rljax.refill import plan_refill
+from rljax.refill_plan import plan_refill
 from rljax.sampler import make_generate
 from rljax.session import Session
 from rljax.sharding import to_global

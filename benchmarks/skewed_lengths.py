@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.sampler import random_prompts
 from benchmarks.workload import COMPLETION, GROUP, PROMPT, endless_session, grpo_config, log_normal_lengths
-from rljax.refill import RefillPlan
+from rljax.refill_plan import RefillPlan
 from rljax.sampler import make_generate
 from rljax.sharding import to_global
 

@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 INTRODUCTION = """# Settings
 
-Every key of a config, written by `docs/make_config_table.py` from the dataclasses; a test fails when this page is not
-what the script writes. A config file sets them as attributes (`config.optim.learning_rate = 1e-6`), the command line as
-flags (`--config.optim.learning_rate=1e-6`; a list is written `10,12`). `--print_config` shows what came of it.
+Every key of a config. This page is generated from the dataclasses by `docs/make_config_table.py`, and a test keeps it
+up to date. Set keys as attributes in a config file (`config.optim.learning_rate = 1e-6`) or as flags on the command
+line (`--config.optim.learning_rate=1e-6`; lists are written `10,12`). `--print_config` prints the result.
 
-The keys of a stage describe the main job at the top level, and stand under `config.stages.<name>` where a stage differs
-from it. "not set" marks what a method has no default for.
+Keys of a stage apply to the main stage at the top level. Other stages override them under `config.stages.<name>`.
+"not set" means that there is no default and a config has to give the value.
 """
 
 

@@ -1,3 +1,3 @@
-"""rljax: post-train language models with reinforcement learning in JAX."""
+"""rljax: post-training of language models by reinforcement learning in JAX."""
 
 __version__ = "0.1.0"

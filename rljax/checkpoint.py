@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: everything needed to go on bit for bit, written in the background, never half a one."""
+"""Checkpoints through Orbax: everything needed to resume bit for bit, written in the background, never half-written."""
 
 import math
 import signal

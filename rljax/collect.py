@@ -1,4 +1,4 @@
-"""The completions of one step: one round of prompts, or with dynamic sampling as many as it takes."""
+"""The completions of one step: one round of prompts, or several with dynamic sampling."""
 
 from typing import Any
 
@@ -111,9 +111,14 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
         rewards=pick(*(done.rewards for done in rounds)),
         correct=pick(*(done.correct for done in rounds)),
         parts={name: pick(*(done.part(name) for done in rounds)) for name in parts},
-        dense=pick(*(done.dense for done in rounds)) if rounds[0].dense is not None else None,
+        dense=pick(*map(_dense, rounds)) if any(done.dense is not None for done in rounds) else None,
         failures=sum(done.failures for done in rounds),
         samples={k: rounds[n].samples[i] for n, i, k in mine},
         answers={k: rounds[n].answers[i] for n, i, k in mine},
         times=Times(*map(sum, zip(*(done.times for done in rounds), strict=True))),
     )
+
+
+def _dense(done: Completions) -> np.ndarray:
+    """A round's rewards of single tokens; zeros where no reward gave any."""
+    return np.zeros(done.host.tokens.shape) if done.dense is None else done.dense

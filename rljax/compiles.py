@@ -1,4 +1,4 @@
-"""No program compiles after the first step of its kind: counted at run time, and an error if one does."""
+"""Recompilation guard: no program may compile after the first step of its kind."""
 
 from collections.abc import Hashable
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one aligned line a step, evaluations, and a progress bar below."""
+"""Console output: one aligned line per step, evaluations, and a progress bar."""
 
 import sys
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""From one row of logits to a token: temperature, truncation, and a draw whose randomness is keyed by identity."""
+"""From logits to a token: temperature, truncation, and sampling with randomness keyed by identity."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

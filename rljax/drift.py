@@ -1,31 +1,34 @@
-"""What reinforcement learning did to the text: KL, likelihood under the untouched model, variety, best-of-n.
+"""What RL did to the text: KL, likelihood under the untouched model, diversity, win rate, best-of-n.
 
 python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 
-Several folders, ``--model=A --model=B``, are compared with the same start: a frontier of reward and KL.
+Several folders, ``--model=A --model=B``, are compared with the same start: a frontier of reward and KL. To judge by a
+reward model too, name its folder: ``--config.reward_model_from=FOLDER``.
 """
 
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from rljax.config import parse
 from rljax.data.batches import DataPosition, PromptSource, repeat_prompts
-from rljax.forward import make_score
+from rljax.forward import make_reward, make_score
 from rljax.main import USER_ERROR
 from rljax.models.decoder import Params
 from rljax.models.hf_import import find_params, load_params
-from rljax.rewards.estimates import best_of_n, bootstrap_interval
+from rljax.rewards.estimates import best_of_n, bootstrap_interval, win_rates, with_interval
 from rljax.rewards.runner import RewardRunner
 from rljax.rewards.text import distinct_n
-from rljax.rollouts import Completions, complete
+from rljax.rollouts import Completions, ModelReward, complete
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session, open_session, start_devices
 from rljax.setup import make_runner, split_rows
 from rljax.sharding import gather
+from rljax.types import Rollout
 
 Report = dict[str, Any]
 
@@ -41,12 +44,15 @@ BOUNDS: dict[str, Callable[[Report, Report], bool]] = {
 }
 
 
-def measure_drift(session: Session, folders: Sequence[str], source: PromptSource, runner: RewardRunner) -> Report:
+def measure_drift(
+    session: Session, folders: Sequence[str], source: PromptSource, runner: RewardRunner | None
+) -> Report:
     """The config's own start and the policies in ``folders`` complete the same prompts, SAMPLES times each.
 
     ``kl_per_completion``: mean over the policy's completions of log policy - log base, nats. ``nll``: of completions
-    under the untouched base, nats a token. ``best_of``: the base's expected best reward of n samples. ``holds``: which
-    BOUNDS a policy keeps. Sampled as in training.
+    under the untouched base, nats a token. ``win_rate``: chance that a completion has a higher reward than one of the
+    base for the same prompt, with its interval; ``win_rate_model`` by the reward model alone. ``best_of``: the base's
+    expected best reward of n samples. ``holds``: which BOUNDS a policy keeps. Sampled as in training.
     """
     sampling = session.sampling(session.config)
     count = min(PROMPTS, len(source)) // session.train.data_shards * session.train.data_shards
@@ -56,23 +62,51 @@ def measure_drift(session: Session, folders: Sequence[str], source: PromptSource
     generate = make_generate(session.model, session.train, session.decode, sampling, dtype=session.dtype, refill=refill)
     rows = [row for row in rows for _ in range(SAMPLES)]
     score = make_score(session.forward(sampling), prompts.tokens.shape[1], SAMPLES)
-    base = session.base_params()
+    base, judge = session.base_params(), _reward_model(session)
 
     def described(policy: Params) -> Report:
-        done = complete(session, generate, policy, prompts, rows, runner, session.key(EVAL_KEY), 0)
+        done = complete(session, generate, policy, prompts, rows, runner, session.key(EVAL_KEY), 0, judge)
         r = done.rollout
         under_base = gather(score(base, {"tokens": r.tokens, "valid": r.valid, "support": r.support}))
         return _describe(done, under_base, count)
 
     start = described(base)
-    rewards = start.pop("rewards")
-    start["best_of"] = {str(n): float(np.mean([best_of_n(row, n) for row in rewards])) for n in BEST_OF}
+    scores = start.pop("scores")
+    start["best_of"] = {str(n): float(np.mean([best_of_n(row, n) for row in scores["win_rate"]])) for n in BEST_OF}
     report = {"prompts": count, "samples": SAMPLES, "temperature": sampling.temperature, "base": start}
     for folder in folders:
         policy = described(load_params(folder, session.model, session.train, dtype=session.param_dtype))
-        policy.pop("rewards")
+        for name, values in policy.pop("scores").items():
+            policy |= with_interval(name, win_rates(values, scores[name]))
         report[folder] = policy | {"holds": {name: bool(holds(start, policy)) for name, holds in BOUNDS.items()}}
     return report
+
+
+def _check_reward_model(session: Session) -> None:
+    """That the folder of ``reward_model_from`` holds one. Raises ValueError."""
+    source = session.config.reward_model_from
+    if source in session.config.recipe:
+        raise ValueError(
+            f"config.reward_model_from is the stage {source!r}; name the folder that it was exported to, such as "
+            f"{session.folder / 'reward_model'}"
+        )
+    if source:
+        find_params(source, session.scalar_model(source))
+
+
+def _reward_model(session: Session) -> ModelReward | None:
+    """As training uses it; None where the config names none."""
+    config = session.config
+    if not config.reward_model_from:
+        return None
+    model = session.scalar_model(config.reward_model_from)
+    params = load_params(config.reward_model_from, model, session.train, dtype=session.dtype)
+    reward = make_reward(session.forward(None, model), SAMPLES)
+
+    def scores(rollout: Rollout) -> Any:
+        return reward(params, {"tokens": rollout.tokens, "valid": rollout.valid})
+
+    return ModelReward(scores, config.reward_model_weight, config.reward_model_threshold)
 
 
 def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> Report:
@@ -80,8 +114,11 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> Report
     base_sums = np.where(mask, under_base, 0).sum(axis=1)
     gaps = done.host.behavior_logprobs.sum(axis=1) - base_sums
     interval = bootstrap_interval(done.rewards.reshape(prompts, -1).mean(axis=1))
+    scores = {"win_rate": done.rewards}
+    if "model" in done.parts:
+        scores["win_rate_model"] = done.parts["model"]
     return {
-        "rewards": done.rewards.reshape(prompts, -1),
+        "scores": {name: values.reshape(prompts, -1) for name, values in scores.items()},
         "reward": float(done.rewards.mean()),
         "reward_interval": list(interval),
         "parts": {name: float(np.nanmean(values)) for name, values in done.parts.items()},
@@ -97,6 +134,9 @@ def _describe(done: Completions, under_base: np.ndarray, prompts: int) -> Report
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report of trained model folders against the config's own start, as JSON."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__, end="")
+        return 0
     folders = [text.partition("=")[2] for text in arguments if text.startswith("--model=")]
     try:
         if not folders:
@@ -108,13 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_params(folder, session.model)
         rows = split_rows(config.data, "test")
         source = PromptSource(rows, session.tokenizer, config.data.prompt_lengths, config.data.seed, shuffle=False)
+        if not (config.reward.names or config.reward_model_from):
+            raise ValueError("config.reward.names and reward_model_from are empty; drift compares rewards as well")
+        _check_reward_model(session)
         runner = make_runner(config)
-        if runner is None:
-            raise ValueError("config.reward.names is empty; drift compares rewards as well")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    with runner:
+    with runner or nullcontext():
         print(json.dumps(measure_drift(session, folders, source, runner), indent=2, ensure_ascii=False))
     return 0
 

@@ -1,4 +1,4 @@
-"""Scores on held-out prompts, with the training sampler and the training rewards."""
+"""Scores on held-out prompts, with the sampler and rewards used in training."""
 
 import json
 from dataclasses import dataclass, replace

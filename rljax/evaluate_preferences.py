@@ -1,4 +1,4 @@
-"""Held-out comparisons: how often the better answer has the higher reward, by how much, and how surely."""
+"""Held-out comparisons: accuracy, margin, calibration and best-of-n of rewards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +13,9 @@ from rljax.algos.base import Algorithm, Batch
 from rljax.algos.pairs import on_rows
 from rljax.config import EvalConfig
 from rljax.data.batches import DataPosition
-from rljax.forward import Forward, cut_rows, head_needs, join_rows, make_reward
+from rljax.forward import Forward, head_needs, make_reward
 from rljax.models.decoder import Params
+from rljax.packing import cut_rows, join_rows
 from rljax.rewards.estimates import best_of_n, with_interval
 from rljax.rollouts import Completions
 from rljax.sharding import gather, to_global

@@ -1,4 +1,4 @@
-"""ExPO (2404.16792): weights beyond the trained ones, in the direction in which training moved them.
+"""ExPO (2404.16792): extrapolate weights beyond the trained ones, along the direction of training.
 
     python -m rljax.expo --weak SFT_FOLDER --strong TRAINED_FOLDER --alpha 0.3 --output FOLDER
 

@@ -1,4 +1,4 @@
-"""Rows through a model, as training and scoring run them: one pass, then what was asked of its hidden states."""
+"""Forward passes for training and scoring: rows through a model, and what is read off its hidden states."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rljax.algos.base import Algorithm, Batch
 from rljax.losses.logprobs import LogprobStats, chunked_logprobs, log_normalizer, reduce_logits_in_chunks
@@ -15,9 +15,9 @@ from rljax.losses.preference_variants import log_collision
 from rljax.losses.supervised import mean_logprob
 from rljax.losses.value import unimix_logprobs
 from rljax.models.decoder import Model, Params, head_table, hidden_states, row_positions, scalar_scores
-from rljax.packing import by_shard, make_packing, pack, put_rows, take_packed
+from rljax.packing import by_shard, map_rows
 from rljax.sharding import Layout, fetched
-from rljax.types import Outputs, PyTree
+from rljax.types import Outputs
 
 
 @dataclass(frozen=True)
@@ -214,35 +214,6 @@ def last_scores(scores: Float[Array, "b t ..."], valid: Array) -> Float[Array, "
     return jax.vmap(lambda row, at: row[at])(scores, last)
 
 
-def cut_rows(tree: PyTree, pieces: int, layout: Layout) -> PyTree:
-    """[rows, ...] to [pieces, rows / pieces, ...]; each piece takes its share from every data shard: nothing moves."""
-    shards = layout.data_shards
-
-    def cut(x: Array) -> Array:
-        per_shard = x.reshape(shards, pieces, x.shape[0] // (shards * pieces), *x.shape[1:])
-        pieces_first = per_shard.swapaxes(0, 1).reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
-        return layout.constrain(pieces_first, None, "batch", *(None,) * (x.ndim - 1))
-
-    return jax.tree.map(cut, tree)
-
-
-def take_rows(tree: PyTree, rows: Int[Array, "pieces n"], layout: Layout) -> PyTree:
-    """[rows, ...] to [pieces, n, ...] by number, each piece over all data shards."""
-    return jax.tree.map(lambda x: layout.constrain(x[rows], None, "batch", *(None,) * (x.ndim - 1)), tree)
-
-
-def join_rows(tree: PyTree, layout: Layout) -> PyTree:
-    """The inverse of ``cut_rows``."""
-    shards = layout.data_shards
-
-    def join(x: Array) -> Array:
-        pieces, rows = x.shape[:2]
-        per_shard = x.reshape(pieces, shards, rows // shards, *x.shape[2:]).swapaxes(0, 1)
-        return layout.constrain(per_shard.reshape(pieces * rows, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
-
-    return jax.tree.map(join, tree)
-
-
 def make_score(
     forward: Forward, head_from: int, pieces: int, bin_length: int | None = None, *, from_host: bool = False
 ) -> Callable[[Params, Batch], Float[Array, "b t"]]:
@@ -300,24 +271,3 @@ def _in_pieces(
         return map_rows(partial(run, params), batch, pieces, bin_length, forward.layout)
 
     return jax.jit(score)
-
-
-def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int | None, layout: Layout) -> Any:
-    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for."""
-    if bin_length is None or pieces == 1:
-        return join_rows(jax.lax.map(run, cut_rows(batch, pieces, layout)), layout)
-    rows = batch["tokens"].shape[0]
-    packing = make_packing(batch, layout, pieces, bin_length)
-    places = pack(packing, layout, batch["valid"])
-
-    def piece(number: Array, results: Any) -> Any:
-        values = run(take_packed(packing, layout, batch, places, number))
-        return put_rows(packing, layout, results, places, number, values)
-
-    shapes = jax.eval_shape(lambda: run(take_packed(packing, layout, batch, places, jnp.int32(0))))
-
-    def nothing(s: jax.ShapeDtypeStruct) -> Array:
-        return layout.constrain(jnp.zeros((rows, *s.shape[1:]), s.dtype), "batch", *(None,) * (len(s.shape) - 1))
-
-    empty = jax.tree.map(nothing, shapes)
-    return jax.lax.fori_loop(0, places.used, piece, empty)

@@ -1,4 +1,4 @@
-"""``python -m rljax.main --config configs/x.py --config.optim.learning_rate=1e-6``: the wiring, and nothing else."""
+"""The entry point, ``python -m rljax.main --config configs/x.py --config.optim.learning_rate=1e-6``."""
 
 import sys
 from collections.abc import Sequence

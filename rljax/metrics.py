@@ -1,4 +1,4 @@
-"""What a run writes down: every metric's name and meaning, and the writer of metrics.jsonl and samples.jsonl.
+"""Metrics: the name and meaning of each, and the writer of metrics.jsonl and samples.jsonl.
 
 Only one process writes. Names under ``time/``, ``speed/`` and ``memory/`` are measured; all others come out the same,
 bit for bit, when a killed run is started again.
@@ -23,8 +23,8 @@ _WITH_INTERVAL = {
     "score": "the held-out measure: share of right completions, or mean reward where nothing is judged right or wrong",
     "sampled_score": "the measure of the samples, where the score is that of greedy completions (eval.greedy)",
     "pass_at_{k}": "unbiased estimate of the share of problems that k samples solve (2107.03374)",
-    "maj_at_{k}": "share of problems whose commonest answer among k samples is right; equal votes share the verdict",
-    "rerank_at_{k}": "share of problems whose sample with the reward model's highest score among k is right",
+    "maj_at_{k}": "share of problems whose most common answer among k samples is right; ties share the verdict",
+    "rerank_at_{k}": "share of problems where the sample ranked first of k by the reward model is right",
 }
 _ENDS = {
     "low": "lower end of its 95 % bootstrap interval over problems",
@@ -36,34 +36,34 @@ _SCORES = {
         for name, meaning in _WITH_INTERVAL.items()
         for key, text in ((name, meaning), *((f"{name}_{end}", told) for end, told in _ENDS.items()))
     },
-    "n": "problems that each of these is over, count",
-    "score_temperature": "sampling temperature of the completions that the score is of; 0 is greedy",
-    "temperature": "sampling temperature of the samples: of pass@k, maj@k, rerank@k and the sampled score; 0 is greedy",
-    "samples": "completions a problem, a greedy one beside them not counted",
-    "max_new_tokens": "budget of a completion, tokens; nothing else cuts the distribution that is sampled from",
-    "reward": "mean reward of the completions that the score is of",
-    "completion_length": "mean completion, greedy ones and samples, tokens, end token included",
-    "truncated": "share of those that used up the budget without an end token",
-    "seconds": "seconds it took; measured",
+    "n": "problems evaluated, count",
+    "score_temperature": "sampling temperature of the scored completions; 0 is greedy",
+    "temperature": "sampling temperature for pass@k, maj@k, rerank@k and the sampled score; 0 is greedy",
+    "samples": "samples per problem, not counting a greedy completion",
+    "max_new_tokens": "token budget of a completion; evaluations use no top-k, top-p or min-p",
+    "reward": "mean reward of the scored completions",
+    "completion_length": "mean length of all completions, tokens, including the end token",
+    "truncated": "share of completions without an end token within the budget",
+    "seconds": "duration in seconds; measured",
 }
 
 # Of a split's comparisons, where the main stage trains on comparisons; "score" and its interval are the accuracy's.
 _COMPARISONS = {
     "comparisons": "pairs of a better and a worse answer, or labelled prefixes, count",
-    "accuracy": "share of comparisons whose better answer has the higher reward (a tie is half), or of labels met",
+    "accuracy": "share of comparisons whose better answer has the higher reward (ties: half), or of labels predicted",
     "accuracy_low": "lower end of its 95 % bootstrap interval over rows",
     "accuracy_high": "upper end of its 95 % bootstrap interval over rows",
-    "margin": "reward of the better minus that of the worse answer",
+    "margin": "reward of the better answer minus that of the worse",
     "margin_low": "lower end of its 95 % bootstrap interval over rows",
     "margin_high": "upper end of its 95 % bootstrap interval over rows",
     "ece": "expected calibration error of the sigmoid of the difference (of the logit), ten bins of confidence",
     "auc": "chance that a right prefix has a higher logit than a wrong one",
-    "length_accuracy": "what preferring the longer answer would score",
-    "matched_comparisons": "comparisons whose lengths differ by a tenth at most, count",
+    "length_accuracy": "accuracy of preferring the longer answer",
+    "matched_comparisons": "comparisons whose lengths differ by at most a tenth, count",
     "matched_accuracy": "accuracy on those",
     "matched_accuracy_low": "lower end of its 95 % bootstrap interval over rows",
     "matched_accuracy_high": "upper end of its 95 % bootstrap interval over rows",
-    "sample_accuracy": "share of a prompt's samples of unequal true reward that the reward model orders alike",
+    "sample_accuracy": "share of pairs of samples with unequal true reward that the reward model orders correctly",
     "sample_accuracy_low": "lower end of its 95 % bootstrap interval over prompts",
     "sample_accuracy_high": "upper end of its 95 % bootstrap interval over prompts",
     "sample_prompts": "prompts with samples of unequal true reward, count",
@@ -72,29 +72,29 @@ _COMPARISONS = {
 
 METRICS: dict[str, str] = {
     "train/reward": "mean reward of the policy's completions of the step, all parts weighted and summed",
-    "train/reward_rival": "mean reward of those that a rival wrote (XPO: the reference; Nash-MD: the mixture)",
+    "train/reward_rival": "mean reward of the rival's completions (XPO: the reference; Nash-MD: the mixture)",
     "train/reward_std": "standard deviation (biased) of the policy's rewards",
-    "train/reward/{part}": "mean of one reward before its weight, or of its part name/part where a row has it",
-    "train/reward_by_dataset/{dataset}": "mean reward of the completions whose row names that data set",
-    "train/reward_failures": "completions whose reward raised or ran out of time and got the stated value, count",
+    "train/reward/{part}": "mean of one reward before its weight, or of its part name/part over rows that have it",
+    "train/reward_by_dataset/{dataset}": "mean reward of the completions of that dataset",
+    "train/reward_failures": "completions whose reward raised or timed out, count",
     "train/correct": "share of completions judged right",
-    "train/completion_length": "mean completion, tokens, end token included",
+    "train/completion_length": "mean completion length, tokens, including the end token",
     "train/completion_length_max": "longest completion, tokens",
-    "train/completion_length_right": "mean completion judged right, tokens; absent when none is",
-    "train/completion_length_wrong": "mean completion judged wrong, tokens; absent when none is",
-    "train/truncated": "share of completions that used up the budget without an end token",
+    "train/completion_length_right": "mean length of completions judged right, tokens; absent if there are none",
+    "train/completion_length_wrong": "mean length of completions judged wrong, tokens; absent if there are none",
+    "train/truncated": "share of completions without an end token within the budget",
     "train/groups_all_right": "share of groups with right completions only",
     "train/groups_all_wrong": "share of groups with wrong completions only",
-    "train/groups_kept": "share of drawn groups that dynamic sampling kept",
-    "train/rounds": "rollout rounds that dynamic sampling took, count",
+    "train/groups_kept": "share of sampled groups that dynamic sampling kept",
+    "train/rounds": "rounds of dynamic sampling, count",
     "train/kl_per_token": "KL of the sampling policy to the reference on its own samples (log ratio), nats a token",
     "train/kl_per_completion": "the same summed over a completion, nats a completion",
     "train/behavior_kl": "KL of the sampler to the current policy (k3), nats a token, mean over the step's updates",
     "train/max_log_ratio": "largest |log-prob now - log-prob when sampled| of any token in the step, nats",
     "train/first_max_log_ratio": "the same in the first update, before anything was learnt: rounding only, nats",
     "train/logprob_gap": "mean |sampler's log-prob - trainer's| before the first update, nats a token",
-    "train/clip_fraction_low": "share of tokens whose ratio fell below the lower clip edge and lost its gradient",
-    "train/clip_fraction_high": "share of tokens whose ratio passed the upper clip edge and lost its gradient",
+    "train/clip_fraction_low": "share of tokens without a gradient because the ratio is below the lower clip edge",
+    "train/clip_fraction_high": "share of tokens without a gradient because the ratio is above the upper clip edge",
     "train/entropy": "mean entropy of the policy's next-token distribution, nats a token",
     "train/perplexity": "exp of the mean negative log-prob of the completions under the policy",
     "train/advantage_mean": "mean advantage before whitening",
@@ -104,31 +104,33 @@ METRICS: dict[str, str] = {
     "train/kl": "its KL term, before the coefficient",
     "train/entropy_bonus": "its entropy term, before the coefficient",
     "train/nll": "its negative log-likelihood term, nats a token",
-    "train/dft": "its term of dynamic fine-tuning, where that takes the place of the negative log-likelihood",
+    "train/text_nll": "negative log-likelihood of the text that is mixed in (text_mix), nats a token",
+    "train/dft": "its dynamic fine-tuning term, in place of the negative log-likelihood",
     "train/uniform_nll": "mean negative log-prob over the vocabulary, before label smoothing's weight, nats a token",
     "train/z_loss": "mean square of the logits' log normaliser, before its coefficient",
     "train/value": "its value term, before the coefficient",
     "train/distillation": "its divergence from the teacher, nats a token",
     "train/value_ema": "the critic's loss towards its own running mean, before the coefficients",
-    "train/value_mean": "mean of what the critic says now",
-    "train/return_mean": "mean of what it is fitted to",
+    "train/value_mean": "mean value predicted by the critic",
+    "train/return_mean": "mean return that the critic is fitted to",
     "train/value_clip_fraction": "share of tokens whose value moved past the clip since the rollout",
     "train/explained_variance": "1 - variance of return less value over that of the return, when sampled; 1 is perfect",
-    "train/kl_coef": "coefficient of the KL in the step's rewards; moves where it is adaptive",
-    "train/correction_weight": "mean off-policy weight of a token, after the cut",
+    "train/kl_coef": "coefficient of the KL in the step's rewards; changes if adaptive",
+    "train/correction_weight": "mean off-policy weight of a token, after truncation",
     "train/exploration": "log-prob of the reference's completion (XPO), nats a completion, before its coefficient",
     "train/win_chance": "mean chance that the policy's completion beats its rival (Nash-MD)",
     "train/preference": "its preference term, mean over pairs, rankings or labelled rows",
     "train/classification": "its term of labelled prefixes, mean over labels",
     "train/margin": "reward of chosen minus rejected, as the preference loss sees it",
     "train/accuracy": "share of pairs whose chosen side has the higher reward, or of labels met",
-    "train/confidence": "mean probability that a reward model gives to what it prefers; above accuracy: too sure",
+    "train/score": "mean score that a reward model gives to the step's answers",
+    "train/confidence": "mean probability a reward model gives to what it prefers; above accuracy: overconfident",
     "train/probability": "mean probability that a labelled prefix is right, by the model",
     "train/label": "mean label of the labelled prefixes",
     "train/reward_chosen": "mean reward of chosen answers, as the preference loss sees it",
     "train/reward_rejected": "mean reward of rejected answers",
     "train/reward_desirable": "mean implicit reward of answers labelled desirable",
-    "train/reward_undesirable": "mean implicit reward of the others",
+    "train/reward_undesirable": "mean implicit reward of answers labelled undesirable",
     "train/logprob_chosen": "mean log-prob of chosen answers, a sum or a mean over tokens as the loss takes it",
     "train/logprob_rejected": "mean log-prob of rejected answers",
     "train/reference_point": "KTO's reference point, the mean implicit reward of mismatched answers or 0",
@@ -136,7 +138,7 @@ METRICS: dict[str, str] = {
     "train/grad_norm/{tree}": "norm of that tree's gradient before clipping",
     "train/update_ratio/{tree}": "norm of that tree's update over the norm of its parameters",
     "train/learning_rate": "learning rate of the step's first update",
-    "train/learning_rate/{tree}": "the same where trees have their own",
+    "train/learning_rate/{tree}": "the same, by trained tree",
     "train/skipped": "updates of the step that were skipped because loss or gradient was not finite, count",
     "train/optimizer_steps": "optimizer steps taken so far, count",
     "train/prompts": "prompts drawn so far, count",
@@ -150,27 +152,27 @@ METRICS: dict[str, str] = {
     "data/overlap_exact": "evaluation prompts that are a training prompt too, count",
     "data/overlap_8gram": "evaluation prompts that share 8 words in a row with a training prompt, count",
     "data/duplicates": "training prompts that occur more than once, count",
-    "data/too_long": "training rows left out because they exceed the budget, count",
-    "data/unusable": "training rows left out because they prefer nothing (data.bad_rows), count",
+    "data/too_long": "training rows of all stages left out because they exceed the budget, count",
+    "data/unusable": "training rows of all stages left out because they prefer nothing (data.bad_rows), count",
     "rollout/occupied_slot_share": "share of (slot, decode step) pairs that held an unfinished completion",
     "rollout/staleness": "optimizer steps that the trained policy is ahead of the one that sampled, count",
     "rollout/decode_steps": "decode steps of the rollout, count",
     "time/rollout_s": "sampling, until the last completion is on the hosts, seconds",
     "time/reward_s": "rewards, from then on, seconds",
-    "time/host_idle_s": "of sampling and rewards, the hosts without a completion to decode or reward, seconds",
-    "time/device_idle_s": "of sampling and rewards, the devices without a rollout program, seconds",
+    "time/host_idle_s": "time during sampling and rewards in which the hosts had nothing to decode or reward, seconds",
+    "time/device_idle_s": "time during sampling and rewards in which the devices ran no rollout, seconds",
     "time/score_s": "reference and other scoring passes, seconds",
     "time/update_s": "gradients and updates, seconds",
     "time/step_s": "the whole step, seconds",
-    "speed/rollout_tokens_per_s": "sampled tokens a second of sampling",
-    "speed/score_tokens_per_s": "tokens of the step a second of scoring and targets; absent offline",
-    "speed/update_tokens_per_s": "the same of updating",
-    "speed/tokens_per_s": "prompt and completion tokens a second of the whole step",
-    "speed/tokens_per_s_per_chip": "the same over the number of devices",
-    "speed/mfu": "model FLOPs of the update over the devices' bf16 peak, share; absent where the peak is unknown",
-    "memory/peak_gib": "most device memory in use so far on the first local device, GiB; absent where it is not told",
-    "event/text": "what happened besides: a stop and its reason, a resumption",
-    "nonfinite": "values of this record that were not finite and are null, count; absent when 0",
+    "speed/rollout_tokens_per_s": "sampled tokens per second of sampling",
+    "speed/score_tokens_per_s": "tokens of the step per second of scoring and targets; absent in offline stages",
+    "speed/update_tokens_per_s": "tokens of the step per second of updating",
+    "speed/tokens_per_s": "prompt and completion tokens per second of the whole step",
+    "speed/tokens_per_s_per_chip": "the same, divided by the number of devices",
+    "speed/mfu": "model FLOPs of the update as a share of the devices' bf16 peak; absent if the peak is unknown",
+    "memory/peak_gib": "peak memory use of the first local device so far, GiB; absent if it is not reported",
+    "event/text": "other events, such as a stop with its reason, or a resumption",
+    "nonfinite": "values of this record that were not finite (written as null), count; absent if 0",
 }
 
 SAMPLES: dict[str, str] = {
@@ -182,7 +184,7 @@ SAMPLES: dict[str, str] = {
     "reward": "total reward",
     "correct": "whether it is right; null where nothing judges",
     "answer": "the answer that was extracted; null where none was",
-    "parts": "value of every reward by name, and of its own parts as name/part",
+    "parts": "value of every reward by name, and of its parts as name/part",
     "token_ids": "the completion's ids",
 }
 
@@ -318,13 +320,13 @@ _INTRODUCTION = """# Metrics
 
 Written by `python -c "from rljax.metrics import document; print(document(), end='')" > docs/metrics.md`.
 
-`metrics.jsonl` holds one JSON object a line, in the order things happened. Each has `step` (steps of the loop done so
-far, over all stages; 0 is before the first) and `phase` (the stage of the recipe, `eval`, or `event`). A key is absent
-where it has no meaning. A value that is not finite is `null`, and `nonfinite` counts those of the line. A step stands
-in the file once, also after kills and resumptions. Keys under `time/`, `speed/` and `memory/` and those that end in
-`/seconds` are measured; all others are the same, bit for bit, in every run of one config on the same mesh and versions.
-Shares go from 0 to 1; logarithms are natural. Where a rival writes half of a step's completions (XPO, Nash-MD), what
-`train/` says of completions is said of the policy's own.
+`metrics.jsonl` holds one JSON object per line, in chronological order. Each has a `step` (steps of the loop so far,
+over all stages; 0 is before the first) and a `phase` (the stage of the recipe, `data`, `eval` or `event`). A key is
+absent where it has no meaning. A value that is not finite is written as `null`, and `nonfinite` counts them per line.
+Each step appears once, even if the run was killed and resumed. Keys under `time/`, `speed/` and `memory/` and those
+ending in `/seconds` are measurements; all others are identical, bit for bit, in every run of one config on the same
+mesh and versions. Shares range from 0 to 1; logarithms are natural. Where a rival model writes half of a step's
+completions (XPO, Nash-MD), `train/` metrics of completions describe the policy's own.
 
 ```python
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Around a stage on comparisons: the reference scored once, held-out comparisons, best of n, rewards centred."""
+"""Preference stages: the reference scored once, held-out comparisons, best-of-n, centred rewards."""
 
 from functools import partial
 from typing import Any

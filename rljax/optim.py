@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules from a config: optax chains, one for each tree of parameters.
+"""Optimizers and learning-rate schedules from a config: one optax chain per tree of parameters.
 
 Training holds one or several trees (``{"policy": ..., "critic": ...}``); each may have its own rate, schedule and clip.
 """
@@ -29,19 +29,19 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 class OptimConfig:
     """How one tree of parameters is updated. Weight decay is decoupled (arXiv 1711.05101), as torch's AdamW has it."""
 
-    learning_rate: float  # at its peak
+    learning_rate: float  # peak learning rate
     schedule: str = "constant"  # constant | linear | cosine | inverse_sqrt
-    warmup_steps: int = 0  # optimizer steps of linear rise
-    warmup_fraction: float = 0.0  # of all optimizer steps; give this or warmup_steps
-    final_learning_rate: float = 0.0  # where linear and cosine end, and what inverse_sqrt never falls below
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    warmup_fraction: float = 0.0  # warm-up as a fraction of all optimizer steps; set this or warmup_steps
+    final_learning_rate: float = 0.0  # where linear and cosine end, and the lower bound of inverse_sqrt
     name: str = "adamw"  # adamw | rmsprop | sgd
-    b1: float = 0.9  # adamw: first moment; sgd: momentum; rmsprop has none
-    b2: float = 0.999  # adamw, rmsprop: second moment
+    b1: float = 0.9  # adamw: decay of the first moment; sgd: momentum; not used by rmsprop
+    b2: float = 0.999  # adamw, rmsprop: decay of the second moment
     eps: float = 1e-8  # added outside the square root
-    weight_decay: float = 0.0  # times the learning rate; norms and biases are spared
-    decay_embeddings: bool = True  # whether weight decay takes embeddings too
-    clip_norm: float = 1.0  # of the tree's gradient, before anything else; 0 is off
-    freeze_steps: int = 0  # optimizer steps at first in which the tree stays as it is: a critic-only phase
+    weight_decay: float = 0.0  # times the learning rate; not applied to norms and biases
+    decay_embeddings: bool = True  # apply weight decay to embeddings too
+    clip_norm: float = 1.0  # largest norm of the tree's gradient; 0: no clipping
+    freeze_steps: int = 0  # optimizer steps at the start in which the tree is not updated (critic-only phase)
 
     def __post_init__(self) -> None:
         if self.name not in RULES:

@@ -1,4 +1,4 @@
-"""Rows of different lengths in bins of one length: arrays of a fixed shape, of which a counted part is in use.
+"""Rows in pieces, and rows of different lengths packed into bins: arrays of a fixed shape, partly in use.
 
 Every micro-batch has the same number of bins on every data shard; a row is put, whole, into one of them. Where rows go
 follows from their lengths alone and is worked out inside the programs: no host has to know, and nothing compiles again.
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from rljax.algos.base import Batch
 from rljax.sharding import BATCH_AXES, Layout
+from rljax.types import PyTree
 
 # Rows that a micro-batch holds at most, for each of its bins: what per-token numbers of its rows are sized for.
 ROWS_PER_BIN = 8
@@ -47,9 +48,13 @@ class Places(NamedTuple):
 def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: int, unit: int = 1) -> Packing:
     """The packing of a batch whose micro-batches have one row a bin at worst; ``bin_length`` 0 is the rows' width.
 
-    Raises ValueError where the longest row does not fit.
+    Raises ValueError where the longest row does not fit, or where micro-batches would not be equal.
     """
     rows, width = batch["tokens"].shape
+    if rows % (micro_batches * layout.data_shards):
+        raise ValueError(
+            f"{rows} rows do not divide into {micro_batches} micro-batches over {layout.data_shards} data shards"
+        )
     if bin_length and bin_length < width:
         raise ValueError(f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it or leave it 0")
     return Packing(micro_batches, rows // (micro_batches * layout.data_shards), bin_length or width, unit)
@@ -145,3 +150,58 @@ def by_shard(layout: Layout, run: Callable, whole: int = 0) -> Callable:
         return wrap(run, in_specs=specs, out_specs=rows)(*arguments)
 
     return sharded
+
+
+def cut_rows(tree: PyTree, pieces: int, layout: Layout) -> PyTree:
+    """[rows, ...] to [pieces, rows / pieces, ...]; each piece takes its share from every data shard: nothing moves."""
+    shards = layout.data_shards
+
+    def cut(x: Array) -> Array:
+        per_shard = x.reshape(shards, pieces, x.shape[0] // (shards * pieces), *x.shape[1:])
+        pieces_first = per_shard.swapaxes(0, 1).reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+        return layout.constrain(pieces_first, None, "batch", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(cut, tree)
+
+
+def take_rows(tree: PyTree, rows: Int[Array, "pieces n"], layout: Layout) -> PyTree:
+    """[rows, ...] to [pieces, n, ...] by number, each piece over all data shards."""
+    return jax.tree.map(lambda x: layout.constrain(x[rows], None, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def join_rows(tree: PyTree, layout: Layout) -> PyTree:
+    """The inverse of ``cut_rows``."""
+    shards = layout.data_shards
+
+    def join(x: Array) -> Array:
+        pieces, rows = x.shape[:2]
+        per_shard = x.reshape(pieces, shards, rows // shards, *x.shape[2:]).swapaxes(0, 1)
+        return layout.constrain(per_shard.reshape(pieces * rows, *x.shape[2:]), "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(join, tree)
+
+
+def map_rows(run: Callable[[Batch], Any], batch: Batch, pieces: int, bin_length: int | None, layout: Layout) -> Any:
+    """``run`` of every row, a piece of the rows at a time; packed where there are several and bins are asked for.
+
+    Pieces are equal: where ``pieces`` does not divide the rows of a data shard, the next larger number that does.
+    """
+    rows = batch["tokens"].shape[0]
+    a_shard = rows // layout.data_shards
+    pieces = next(n for n in range(min(pieces, a_shard), a_shard + 1) if a_shard % n == 0)
+    if bin_length is None or pieces == 1:
+        return join_rows(jax.lax.map(run, cut_rows(batch, pieces, layout)), layout)
+    packing = make_packing(batch, layout, pieces, bin_length)
+    places = pack(packing, layout, batch["valid"])
+
+    def piece(number: Array, results: Any) -> Any:
+        values = run(take_packed(packing, layout, batch, places, number))
+        return put_rows(packing, layout, results, places, number, values)
+
+    shapes = jax.eval_shape(lambda: run(take_packed(packing, layout, batch, places, jnp.int32(0))))
+
+    def nothing(s: jax.ShapeDtypeStruct) -> Array:
+        return layout.constrain(jnp.zeros((rows, *s.shape[1:]), s.dtype), "batch", *(None,) * (len(s.shape) - 1))
+
+    empty = jax.tree.map(nothing, shapes)
+    return jax.lax.fori_loop(0, places.used, piece, empty)

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, and how long the others wait for one that is gone."""
+"""Multi-process setup: how processes find each other, and how long they wait for one that is gone."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A rollout in pieces: the devices write one while the hosts read and reward the one before."""
+"""Rollouts in pieces: the devices sample one piece while the hosts decode and reward the one before."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: the resolved config, the first prompts, and bytes a device by owner."""
+"""What a run will do: the resolved config, the first prompts, and a memory plan by owner."""
 
 import itertools
 import math

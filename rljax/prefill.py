@@ -1,4 +1,4 @@
-"""Prompts into the entries that a rollout reads them from: whole, or a chunk of their columns at a time."""
+"""Prompt prefill into the cache of a rollout: whole prompts, or a chunk of columns at a time."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A frozen model's log-probs of a whole data set: computed once, kept on the hosts, looked up by row."""
+"""Cached log-probs of a frozen model over a whole dataset, kept on the hosts and looked up by row."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The fast rollout: a queue of requests, slots that refill inside the loop, prompts that are shared; one program.
+"""The fast rollout: a queue of requests, slots that refill inside the loop, and shared prompts, in one program.
 
 A data shard has R requests (prompts x group) and S slots. A slot whose answer ended takes the next request inside the
 loop. A prompt is prefilled once into one of Q entries, where all samples of its group read it; an entry whose samples
@@ -6,9 +6,9 @@ have all ended takes the next prompt. Completions lie in a ring: every slot writ
 write is a single slice, and a slot's age says which columns are its own. Memory does not depend on R.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,165 +20,13 @@ from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, 
 from rljax.models.layers import wide_dtype
 from rljax.models.segments import Memory, two_segment_attend
 from rljax.prefill import entry_cache, prefill
+from rljax.refill_plan import RefillPlan
+from rljax.refill_state import AtHand, Entries, Filling, Loop, Refill, Slots, Written
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
 SHRINK_FACTOR = 4  # how much smaller each further loop is
-PREFILLED_SAMPLES = 4  # a prefill is for at least so many requests, that reading the weights may pay
 SMALLEST_LOOP = 4  # slots; a loop of its own is not worth its compilation below
-# Slots of a data shard. On CPUs a step's time grows with its slots, so fewer and fuller ones win; an accelerator reads
-# the weights at every step, so many share a read.
-CPU_SLOTS, ACCELERATOR_SLOTS = 32, 256
-
-
-class Slots(NamedTuple):
-    """What each slot is at."""
-
-    request: Int[Array, " s"]
-    entry: Int[Array, " s"]  # where its prompt lies
-    age: Int[Array, " s"]  # tokens of its completion so far
-    running: Bool[Array, " s"]
-    hidden: Float[Array, "s d"]  # predicts its next token
-    cache: Any  # the ring: a Cache [L, S, K, C, H], or on CPUs a list of them without L (``by_layer``)
-
-
-class Entries(NamedTuple):
-    """Prompts at hand."""
-
-    prompt: Int[Array, " q"]  # its number in the queue
-    open: Int[Array, " q"]  # samples of it that have not ended; an entry with none is free
-    valid: Bool[Array, "q p"]
-    hidden: Float[Array, "q d"]  # predicts the first token of a completion
-    cache: Any  # likewise: [L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared
-
-
-class Filling(NamedTuple):
-    """Prompts that are being prefilled in chunks."""
-
-    at: Int[Array, " n"]  # their entries, which are free until the last chunk
-    column: Int[Array, ""]  # that the next chunk begins at; the width of prompts: there are none
-
-
-class AtHand(NamedTuple):
-    """What prefilling changes. The ring is no part of it: XLA copies what a loop inside the loop carries."""
-
-    prefilled: Int[Array, ""]  # prompts that have had an entry
-    entries: Entries
-    filling: Filling
-
-
-class Written(NamedTuple):
-    """Whole rows in the order of the requests, prompts on the left: what the program returns, so no copy is made."""
-
-    tokens: Int[Array, "r t"]
-    logprobs: Float[Array, "r t"]
-    support: Float[Array, "r t"]
-    lengths: Int[Array, " r"]
-    finished: Bool[Array, " r"]
-
-
-class Loop(NamedTuple):
-    step: Int[Array, ""]
-    admitted: Int[Array, ""]  # requests that have had a slot
-    prefilled: Int[Array, ""]  # prompts that have had an entry
-    slot_steps: Int[Array, ""]  # slots times steps so far
-    busy: Bool[Array, ""]  # there is something left to do, here or on a shard that goes in step
-    slots: Slots
-    entries: Entries
-    filling: Filling
-    written: Written
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefillPlan:
-    """How requests are worked off; the tokens do not depend on it."""
-
-    group: int  # consecutive requests that share a prompt
-    slots: int  # on each data shard
-    loops: int = 2  # each further one has a quarter of the slots, for the last answers
-    prefill_chunk: int = 0  # columns of a prompt that are prefilled between two steps; 0: all
-    uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
-
-    def entries(self, groups: int) -> int:
-        """Prompts at hand at once, of ``groups`` in all.
-
-        Twice what full groups would take and the next: an entry stays until the longest answer of its group has ended,
-        and slots that wait for one are idle.
-        """
-        return min(groups, self.slots if self.group == 1 else 2 * -(-self.slots // self.group) + 1)
-
-    def prefilled(self, groups: int) -> int:
-        """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""
-        return min(self.entries(groups), max(1, PREFILLED_SAMPLES // self.group))
-
-
-def plan_refill(
-    layout: Layout,
-    rows: int,
-    group: int,
-    *,
-    slots: int = -1,
-    loops: int = 2,
-    prefill_chunk: int = 0,
-    uniform_steps: str = "auto",
-) -> RefillPlan | None:
-    """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
-
-    A TPU keeps one loop (decoding is bound by reading weights, whatever the slots) and uniform steps: that its hardware
-    bears data shards of different length is not proven.
-    """
-    if slots == 0:
-        return None
-    requests = rows // layout.data_shards
-    slots = (CPU_SLOTS if layout.on_cpu else ACCELERATOR_SLOTS) if slots < 0 else slots
-    uniform = layout.on_tpu if uniform_steps == "auto" else uniform_steps == "always"
-    return RefillPlan(
-        group=group,
-        slots=min(slots, requests),
-        loops=1 if layout.on_tpu else loops,
-        prefill_chunk=prefill_chunk,
-        uniform_steps=uniform,
-    )
-
-
-class Refill(NamedTuple):
-    """What the loop closes over: static settings, then this shard's inputs."""
-
-    model: Model
-    layout: Layout
-    sampling: Sampling
-    dtype: Any
-    cache_dtype: Any
-    plan: RefillPlan
-    params: Params
-    prompts: Prompts  # one row a request
-    key: PRNGKeyArray
-
-    @property
-    def budget(self) -> int:
-        return self.sampling.max_new_tokens
-
-    def budgets(self, request: Int[Array, " s"]) -> Array | int:
-        """Tokens of these requests' completions at most."""
-        own = self.prompts.max_new_tokens
-        return self.budget if own is None else jnp.minimum(own[request], self.budget)
-
-    @property
-    def requests(self) -> int:
-        return self.prompts.tokens.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.prompts.tokens.shape[1]
-
-    @property
-    def chunk(self) -> int:
-        """Columns that are prefilled at once."""
-        return min(self.plan.prefill_chunk or self.width, self.width)
-
-    @property
-    def groups(self) -> int:
-        return self.requests // self.plan.group
 
 
 def decode_with_refill(

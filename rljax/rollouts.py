@@ -1,4 +1,4 @@
-"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts, one view for all."""
+"""From prompts to scored completions: rollout on the devices, text and rewards on the hosts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -264,7 +264,7 @@ def row_metrics(rounds: Sequence[Completions], group_size: int, rivals: bool = F
 
     all_rewards, all_lengths = joined(lambda d: d.rewards), joined(lambda d: d.lengths)
     rewards, lengths, correct = all_rewards[own], all_lengths[own], joined(lambda d: d.correct)[own]
-    nats = -joined(lambda d: d.host.behavior_logprobs.sum(axis=1))[own].sum()
+    nats = -joined(lambda d: np.where(d.host.loss_mask, d.host.behavior_logprobs, 0).sum(axis=1))[own].sum()
     steps, slot_steps = zip(*map(decode_counts, rounds), strict=True)
     metrics = {
         "train/reward": rewards.mean(),

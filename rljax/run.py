@@ -1,4 +1,4 @@
-"""One run: where it stands, what it holds open, and how it is opened and finished."""
+"""One run: its progress, its open resources, and how it is opened and finished."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
 from rljax.data.batches import DataPosition, SupervisedSource
-from rljax.data.overlap import count_overlap
+from rljax.data.overlap import count_duplicates, count_overlap
 from rljax.evaluate import Evaluator, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.metrics import MetricsWriter
@@ -97,6 +97,7 @@ class Run:
     def save_stage(self, name: str, trees: dict[str, Params]) -> None:
         for tree, params in trees.items():
             with self._stage_weights(name, tree) as store:
+                store.delete_after(self.progress.stage_step - 1)  # of a run that was killed before its checkpoint
                 store.save(self.progress.stage_step, params, {}, force=True)  # a stage may be prolonged later
                 store.wait()
 
@@ -176,7 +177,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         if not resumes:
-            _report_data(writer, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
+            _report_data(writer, config, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
         return Run(
             session=session,
             runner=runner,
@@ -228,26 +229,30 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _report_data(writer: MetricsWriter, sources: list, held_out: dict[str, Any]) -> None:
-    """Count, before the run, what training and evaluation share, what stands twice and what did not fit."""
-    train = next(source for source in reversed(sources) if source is not None)
+def _report_data(writer: MetricsWriter, config: Config, sources: Sequence[Any], held_out: dict[str, Any]) -> None:
+    """Count, before the run, what training and evaluation share, what stands twice and what did not fit.
+
+    Overlap and duplicates are those of the last stage that has rows of its own; what was left out is that of all.
+    """
+    by_stage = {name: source for name, source in zip(config.recipe, sources, strict=True) if source is not None}
+    train = list(by_stage.values())[-1]
     found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
     for split, overlap in found.items():
         if overlap.shared_ngrams:
             pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
             writer.say(f"warning: {split}: {overlap} (rows {pairs})")
-    for split, kept in (("train", train.kept), *((split, source.kept) for split, source in held_out.items())):
-        if kept.dropped or kept.bad:
-            writer.say(f"{split}: {kept}")
+    for name, source in [*((f"stage {name}", source) for name, source in by_stage.items()), *held_out.items()]:
+        if source.kept.dropped or source.kept.bad:
+            writer.say(f"{name}: {source.kept}")
     writer.write(
         0,
         "data",
         {
             "data/overlap_exact": sum(overlap.exact for overlap in found.values()),
             "data/overlap_8gram": sum(overlap.shared_ngrams for overlap in found.values()),
-            "data/duplicates": max((overlap.train_duplicates for overlap in found.values()), default=0),
-            "data/too_long": train.kept.dropped,
-            "data/unusable": train.kept.bad,
+            "data/duplicates": count_duplicates(train.rows),
+            "data/too_long": sum(source.kept.dropped for source in by_stage.values()),
+            "data/unusable": sum(source.kept.bad for source in by_stage.values()),
         },
     )
 
@@ -263,14 +268,17 @@ def finish(run: Run) -> None:
         _export(run, "reward_model", session.folder / "reward_model")
     run.writer.say(f"done: {run.progress.step} steps, {run.progress.episodes} episodes, {run.progress.tokens} tokens")
     for name, what in (
-        ("metrics.jsonl", "one JSON object a line; docs/metrics.md explains the keys"),
-        ("samples.jsonl", "what the policy wrote, before and after"),
-        ("checkpoints", "the same command goes on from the newest"),
-        ("model", "the trained policy; transformers loads it"),
-        ("reward_model", "the trained reward model, for transformers' sequence classification"),
+        ("metrics.jsonl", "one JSON object per line; docs/metrics.md explains the keys"),
+        ("samples.jsonl", "completions before, during and after training"),
+        ("checkpoints", "to train further, raise config.steps and run the same command"),
+        ("model", "the trained policy, which transformers can load"),
+        ("reward_model", "the trained reward model, as a transformers sequence classifier"),
     ):
         if (session.folder / name).exists():
             run.writer.say(f"  {session.folder / name}: {what}")
+    run.writer.say(
+        "next: change any setting with --config.KEY=VALUE (docs/config.md), or run another recipe in configs/"
+    )
     # Who is through waits here for who still writes: the farewell of processes has a time limit.
     agree(np.asarray(0), np.max)
 

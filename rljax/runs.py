@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what made it, and its files of JSON lines. Local or ``gs://``."""
+"""The run folder, local or ``gs://``: ownership checks, versions, and JSON-lines files."""
 
 import errno
 import json
@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 from etils import epath
+
+from rljax import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "transformers", "datasets", "numpy")
 TOKEN = ".launch"
@@ -128,7 +130,7 @@ def versions(*, seed: int, command: Sequence[str] | None = None) -> dict[str, An
     commit, dirty = _source()
     device = jax.devices()[0]
     return {
-        "rljax": metadata.version("rljax"),
+        "rljax": __version__,
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Prompts in, Rollout out, as one compiled program: prefill, then a loop of tokens against a cache."""
+"""Prompts to a Rollout in one compiled program: prefill, then a loop of decode steps against a cache."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,8 @@ from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, 
 from rljax.models.layers import wide_dtype
 from rljax.models.params import param_shardings, quantized, quantized_shardings
 from rljax.models.quantized import cast
-from rljax.refill import RefillPlan, decode_with_refill, step_counts
+from rljax.refill import decode_with_refill, step_counts
+from rljax.refill_plan import RefillPlan
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import FINISH_END, FINISH_LENGTH, Prompts, Rollout
 

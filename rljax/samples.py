@@ -1,4 +1,4 @@
-"""What a stage samples, kept for the stages that read it: ``stages/<name>/rows.jsonl``, and rows selected from it."""
+"""Samples kept for later stages in ``stages/<name>/rows.jsonl``, and the rows selected from them."""
 
 import json
 from collections.abc import Sequence

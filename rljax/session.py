@@ -1,4 +1,4 @@
-"""What a run holds that does not change while it trains: devices, mesh, model, tokenizer, folder, random root."""
+"""What stays fixed during a run: devices, mesh, model, tokenizer, folder, random seed."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from rljax.models.decoder import Model, Params, check_tensor_degree
 from rljax.models.hf_import import find_params, load_config, load_params
 from rljax.models.params import abstract_params, init_params, init_scalar_head, param_shardings
 from rljax.peers import join_peers
-from rljax.refill import RefillPlan, plan_refill
+from rljax.refill_plan import RefillPlan, plan_refill
 from rljax.sharding import DECODE_RULES, TRAIN_RULES, Layout, MeshError, make_mesh, refactor_mesh
 from rljax.steps import copy_params
 

@@ -1,4 +1,4 @@
-"""From a config's names to data sources, rewards and evaluators."""
+"""From the names in a config to data sources, rewards and evaluators."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple

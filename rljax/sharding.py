@@ -1,4 +1,4 @@
-"""The one place that knows the mesh: its axes, the rules from logical to mesh axes, and host <-> global arrays."""
+"""Meshes: axes, the rules from logical to mesh axes, and host <-> global arrays. Nothing else knows the mesh."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Any recipe as a run of two steps on a laptop: ``shrink(config)`` changes sizes, data and model, and nothing else."""
+"""Any recipe as a run of two steps on a laptop: ``shrink(config)`` changes only sizes, data and model."""
 
 import copy
 from typing import Any

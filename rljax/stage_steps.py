@@ -1,4 +1,4 @@
-"""One step of a stage: rows drawn and trained on, or completions sampled, rewarded, scored and trained on."""
+"""One step of a stage: draw rows and train, or sample, reward, score and train."""
 
 import time
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 
 from rljax.collect import collect
 from rljax.data.batches import DataPosition
-from rljax.rollouts import Completions
+from rljax.rollouts import Completions, rival_rows
 from rljax.session import CONTROL_KEY, SHUFFLE_KEY
 from rljax.sharding import to_global
 from rljax.stages import Stage
@@ -114,7 +114,7 @@ def score(
     if stage.reference is not None:
         ref_logprobs = stage.program("score_reference", head_from)(stage.reference, rows)
         experience = experience._replace(ref_logprobs=ref_logprobs)
-        gaps = jax.device_get(stage.divergence(r.behavior_logprobs, ref_logprobs, r.loss_mask))
+        gaps = jax.device_get(stage.divergence(r.behavior_logprobs, ref_logprobs, _of_policy(stage, done)))
         metrics |= {f"train/{name}": float(value) for name, value in gaps.items()}
     if "guide_logprobs" in needs:
         guide = stage.program("score_guide", head_from)(stage.frozen["guide"], rows)
@@ -136,6 +136,14 @@ def score(
         dense = np.zeros(r.tokens.shape) if done.dense is None else done.dense
         experience = experience._replace(dense_rewards=to_global(dense.astype(session.param_dtype), layout))
     return experience, metrics
+
+
+def _of_policy(stage: Stage, done: Completions) -> jax.Array:
+    """The loss mask of the completions that the policy wrote: all, or what a rival left to it."""
+    if stage.rival is None:
+        return done.rollout.loss_mask
+    theirs = rival_rows(len(done.rows), stage.config.rollout.group_size)
+    return to_global(done.host.loss_mask & ~theirs[:, None], stage.session.train.rows)
 
 
 def _update(

@@ -1,4 +1,4 @@
-"""One stage of a recipe, built: its data, its compiled programs, its trained and its frozen models."""
+"""One stage of a recipe, built: its data, compiled programs, trained and frozen models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""The compiled programs of training: the whole update of one rollout or one draw of rows, and what stands around it."""
+"""The compiled update: all optimizer steps of one rollout, or of one draw of rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from rljax.algos.base import Algorithm, Batch, total
-from rljax.forward import Forward, cut_rows, map_rows, take_rows, tree_outputs
+from rljax.forward import Forward, tree_outputs
 from rljax.losses.kl import k3
 from rljax.losses.masked import count_sequences, count_tokens, masked_sum
 from rljax.models.decoder import Params
 from rljax.optim import state_shardings, tree_norms, update_ratios
-from rljax.packing import make_packing, pack, take_packed
+from rljax.packing import cut_rows, make_packing, map_rows, pack, take_packed, take_rows
 from rljax.sharding import HOST_MEMORY, Layout, fetched
 from rljax.types import Outputs, PyTree, Term
 

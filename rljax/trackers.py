@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases behind one small door; neither is imported unless asked for."""
+"""TensorBoard and Weights & Biases behind one interface; neither is imported unless asked for."""
 
 import secrets
 from collections.abc import Callable, Mapping

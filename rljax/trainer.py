@@ -1,4 +1,4 @@
-"""The loop: stages in order, steps in each, evaluations, checkpoints, and the rules that stop a run."""
+"""The training loop: stages, steps, evaluations, checkpoints, and limits that stop a run."""
 
 import time
 
@@ -46,7 +46,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         trees = _starting_trees(run, stage, origin)
         _freeze_models(run, stage, origin, trees.get("policy"))
         open_comparisons(run, stage, origin, trees.get("policy"))
-        if progress.step == 0:
+        if progress.step == 0 and (config.steps > 0 or name == run.config.recipe[-1]):
             run.evaluate("test", trees)
             run.evaluate("dev", trees)
         state = stage.start({tree: trees[tree] for tree in stage.trees})
@@ -74,7 +74,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         if leave and progress.step < total_steps(run.config):
             run.checkpoints.wait()
             run.writer.event(
-                progress.step, f"asked to leave: step {progress.step} is saved; the same command goes on from there"
+                progress.step, f"interrupted: step {progress.step} is saved; run the same command to resume"
             )
             return None
     return state.params
@@ -101,14 +101,11 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
 
 
 def _count(run: Run, stage: Stage, result: StepResult) -> None:
-    progress, metrics = run.progress, result.metrics
-    rollout, rounds = stage.config.rollout, int(metrics.get("train/rounds", 1))
-    progress.prompts += (
-        rounds * rollout.prompts_per_step if stage.online else stage.rows_per_step // stage.algorithm.unit
-    )
-    progress.episodes += (
-        rounds * stage.config.rollout_rows if stage.online else stage.rows_per_step // stage.algorithm.unit
-    )
+    progress, metrics, config = run.progress, result.metrics, stage.config
+    rounds = int(metrics.get("train/rounds", 1))
+    drawn = stage.rows_per_step // stage.algorithm.unit
+    progress.prompts += rounds * config.rollout.prompts_per_step if stage.online else drawn
+    progress.episodes += rounds * config.rollout_rows if stage.online else drawn
     progress.tokens += int(metrics.pop("tokens"))
     progress.bad_steps = progress.bad_steps + 1 if metrics["train/skipped"] else 0
     metrics |= {
@@ -116,7 +113,7 @@ def _count(run: Run, stage: Stage, result: StepResult) -> None:
         "train/episodes": progress.episodes,
         "train/tokens": progress.tokens,
         "train/epoch": progress.data.epoch + progress.data.taken / max(len(stage.source), 1),
-        **usage_metrics(run.session, metrics),
+        **usage_metrics(run.session, metrics, trained=stage.trees.values(), passes=config.passes),
     }
 
 
@@ -197,7 +194,7 @@ def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     state = stage.restored(saved)
     open_comparisons(run, stage, origin, None)
     run.writer.event(
-        run.progress.step, f"going on from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
+        run.progress.step, f"resuming from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"
     )
     return state
 

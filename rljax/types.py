@@ -1,4 +1,4 @@
-"""What crosses a module boundary, the axis legend and the alignment rule.
+"""Types that cross module boundaries, the axis legend and the alignment rule.
 
 Axes, one letter each, everywhere in the library:
 

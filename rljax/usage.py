@@ -1,4 +1,6 @@
-"""How much of the machine a step used: model FLOPs, share of the peak, memory."""
+"""Resource use of a step: model FLOPs, MFU, memory."""
+
+from collections.abc import Iterable
 
 import jax
 
@@ -37,8 +39,13 @@ def peak_tflops(session: Session) -> float | None:
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
-def usage_metrics(session: Session, metrics: dict[str, float]) -> dict[str, float]:
-    """tokens/s by phase and a chip; MFU of updates where the peak is known, peak memory where the device tells it."""
+def usage_metrics(
+    session: Session, metrics: dict[str, float], *, trained: Iterable[Model], passes: float
+) -> dict[str, float]:
+    """tokens/s by phase and a chip; MFU of updates where the peak is known, peak memory where the device tells it.
+
+    ``passes``: how often a token of the step goes through the update of each ``trained`` model.
+    """
     chips = session.train.mesh.size
     tokens = metrics["speed/tokens_per_s"] * metrics["time/step_s"]
     result = {"speed/tokens_per_s_per_chip": metrics["speed/tokens_per_s"] / chips}
@@ -48,8 +55,8 @@ def usage_metrics(session: Session, metrics: dict[str, float]) -> dict[str, floa
     peak = peak_tflops(session)
     if peak and "time/update_s" in metrics:
         # forward and backward: three forward passes' worth
-        flops_per_s = 3 * flops_per_token(session.model) * result["speed/update_tokens_per_s"]
-        result["speed/mfu"] = flops_per_s / (chips * peak * 1e12)
+        flops = 3 * passes * sum(map(flops_per_token, trained)) * tokens
+        result["speed/mfu"] = flops / metrics["time/update_s"] / (chips * peak * 1e12)
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         result["memory/peak_gib"] = stats["peak_bytes_in_use"] / 2**30

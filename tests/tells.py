@@ -25,7 +25,7 @@ def complete(*args: Any, **kwargs: Any) -> Any:
 
 def finish(run: Run) -> None:
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(run.params):
+    for leaf in jax.tree.leaves(run.trees):
         if leaf.is_fully_replicated:
             digest.update(np.asarray(leaf.addressable_data(0)).tobytes())
     print(json.dumps({"weights": digest.hexdigest()}), flush=True)

@@ -20,13 +20,18 @@ def test_the_start_has_not_drifted_from_itself(tmp_path, capsys, monkeypatch):
     session = open_session(make_config(tiny_config()))
     folder = tmp_path / "model"
     save_hf(folder, session.model, session.base_params(), session.tokenizer.hf)
-    assert main([*CONFIG, f"--model={folder}"]) == 0
+    scalar, judge = session.scalar_model("policy"), tmp_path / "judge"
+    save_hf(judge, scalar, session.with_scalar_head(session.base_params(), scalar, 0), session.tokenizer.hf)
+    assert main([*CONFIG, f"--model={folder}", f"--config.reward_model_from={judge}"]) == 0
     report = json.loads(capsys.readouterr().out)
     base, policy = report["base"], report[str(folder)]
     assert (report["prompts"], report["samples"]) == (8, 16)
     assert abs(policy["kl_per_completion"]) < 1e-4
     for key in ("reward", "nll", "distinct_4", "length", "finished", "shown", "parts"):
         assert policy[key] == base[key]
+    assert policy["reward"] == pytest.approx(policy["parts"]["tests.tiny:even_share"] + policy["parts"]["model"])
+    for name in ("win_rate", "win_rate_model"):
+        assert policy[name] == 0.5 and policy[f"{name}_low"] <= 0.5 <= policy[f"{name}_high"]
     best = [base["best_of"][n] for n in ("1", "2", "4", "8", "16")]
     assert best[0] == pytest.approx(base["reward"]) and best == sorted(best)
     holds = dict.fromkeys(BOUNDS, True) | {"reward": False}
@@ -43,7 +48,14 @@ def test_each_bound_by_hand(key):
 
 def test_mistakes_are_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rljax.drift.start_devices", lambda config: None)
+    assert main(["--help"]) == 0 and "--model=A --model=B" in capsys.readouterr().out
     assert main(CONFIG) == 2
     assert capsys.readouterr().err == "error: give the trained policy's folder as --model=runs/NAME/model\n"
     assert main([*CONFIG, f"--model={tmp_path / 'nowhere'}"]) == 2
     assert capsys.readouterr().err == f"error: model folder {tmp_path / 'nowhere'} does not exist\n"
+    monkeypatch.setattr("rljax.drift.find_params", lambda folder, model: None)
+    assert main([*CONFIG, "--model=x", "--config.reward_model_from=main"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: config.reward_model_from is the stage 'main'; name the folder that it was exported to"
+    )

@@ -13,7 +13,7 @@ from rljax.decoding import Sampling
 from rljax.forward import make_score
 from rljax.models.decoder import Model
 from rljax.models.params import init_params
-from rljax.refill import RefillPlan
+from rljax.refill_plan import RefillPlan
 from rljax.sampler import Generate, make_generate
 from rljax.sharding import DECODE_RULES, Layout
 from rljax.stage_steps import score

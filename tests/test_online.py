@@ -13,7 +13,7 @@ from rljax.config import algo_defaults, make_config
 from rljax.data.batches import DataPosition
 from rljax.metrics import undocumented
 from rljax.session import open_session
-from rljax.stage_steps import online_step
+from rljax.stage_steps import online_step, score
 from rljax.stages import Stage, frozen_sources
 from rljax.steps import TrainState
 from tests.tiny import tiny_config
@@ -182,6 +182,12 @@ def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
     np.testing.assert_array_equal(both.tokens[0::2], alone.tokens[0::2])
     spread = both.behavior_logprobs[1::2][both.loss_mask[1::2]]
     np.testing.assert_allclose(spread, -np.log(18), rtol=1e-5)
+    # The KL is the policy's: half of all rows, the reference's own, would pull it towards 0.
+    head_from = both.tokens.shape[1] - stage.config.rollout.max_new_tokens
+    experience, found = score(stage, state, done, head_from, 0)
+    gaps = np.where(both.loss_mask, both.behavior_logprobs - np.asarray(experience.ref_logprobs), 0).sum(axis=1)
+    assert np.abs(gaps[1::2]).max() < 1e-4 < abs(gaps[0::2].mean())
+    np.testing.assert_allclose(found["train/kl_per_completion"], gaps[0::2].mean(), rtol=1e-4)
 
 
 def test_a_lag_is_what_the_log_says_and_the_old_policy_stays_readable() -> None:

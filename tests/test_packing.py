@@ -121,3 +121,22 @@ def test_packed_scores_are_unpacked_ones(mesh: str) -> None:
     np.testing.assert_allclose(np.asarray(values[1][0])[mask], np.asarray(values[0][0])[mask], rtol=0, atol=2e-6)
     real = batch["valid"].any(axis=1)
     np.testing.assert_allclose(np.asarray(values[1][1])[real], np.asarray(values[0][1])[real], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("rows", "mesh"), [(10, "1,1,1"), (12, "1,4,1"), (2, "1,1,1")])
+def test_scores_of_any_number_of_rows(rows: int, mesh: str) -> None:
+    """Rows as long as a bin in pieces that do not divide them: an evaluation's, say, beside a rollout's 4 pieces."""
+    place = layout(mesh)
+    batch = random_batch(np.random.default_rng(0), 61, [(4, 12)] * rows, P, C)
+    placed = {name: to_global(batch[name], place.rows) for name in ("tokens", "valid")}
+    params = init_params(MODEL, place, seed=0)
+    whole = make_score(tiny_forward(MODEL, place), P, 1)(params, placed)
+    for length in (None, 0):
+        found = make_score(tiny_forward(MODEL, place), P, 4, length)(params, placed)
+        np.testing.assert_allclose(found, whole, rtol=0, atol=2e-6)
+
+
+def test_unequal_micro_batches_are_refused() -> None:
+    batch = random_batch(np.random.default_rng(0), 61, [(4, 12)] * 10, P, C)
+    with pytest.raises(ValueError, match=r"10 rows do not divide into 4 micro-batches over 1 data shards"):
+        make_packing(batch, layout(), micro_batches=4, bin_length=0)

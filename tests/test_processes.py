@@ -122,13 +122,13 @@ def test_killed_and_asked_to_leave_two_processes_equal_one_uninterrupted(tmp_pat
     # Only the second process gets SIGTERM; JAX's preemption service finds a step that neither has passed.
     with two_processes(folder, (MAIN, ("tests.stops_itself", "asked", "12")), **SLOW) as processes:
         assert [process.wait(timeout=600) for process in processes] == [0, 0], logs(folder)
-    left = re.search(r"asked to leave: step (\d+) is saved", log_of(folder, 0).read_text())
+    left = re.search(r"interrupted: step (\d+) is saved", log_of(folder, 0).read_text())
     assert left and 12 <= int(left[1]) < 43
     assert (folder / "checkpoints" / left[1]).is_dir() and max(record["step"] for record in lines(folder)) == int(
         left[1]
     )
     finish_both(folder, **SLOW)
-    assert f"going on from step {left[1]}" in log_of(folder, 0).read_text()
+    assert f"resuming from step {left[1]}" in log_of(folder, 0).read_text()
     assert left_behind(folder) == one_process(tmp_path / "one", **SLOW)
 
 

@@ -11,7 +11,7 @@ import pytest
 from rljax.decoding import Sampling
 from rljax.models.decoder import Model
 from rljax.models.params import init_params
-from rljax.refill import CPU_SLOTS, RefillPlan, plan_refill
+from rljax.refill_plan import CPU_SLOTS, RefillPlan, plan_refill
 from rljax.sampler import Generate, make_generate
 from rljax.sharding import DECODE_RULES, Layout
 from rljax.types import FINISH_LENGTH, Prompts, Rollout

@@ -46,7 +46,7 @@ LONG = {
 
 def resumed_at(log: Path) -> int:
     """The step that a process went on from; 0 for a beginning."""
-    return int((re.findall(r"going on from step (\d+)", log.read_text()) or [0])[-1])
+    return int((re.findall(r"resuming from step (\d+)", log.read_text()) or [0])[-1])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_killed_and_started_again_equals_uninterrupted(tmp_path, uninterrupted):
 
 def test_sigterm_saves_that_step_and_the_same_command_goes_on(tmp_path, asked_to_leave, uninterrupted):
     folder, said = asked_to_leave
-    assert "asked to leave: step 5 is saved; the same command goes on from there" in said
+    assert "interrupted: step 5 is saved; run the same command to resume" in said
     assert max(record["step"] for record in lines(folder)) == 5
     shutil.copytree(folder, tmp_path / "run")
     assert run(tiny_command(tmp_path / "run", **EVERYTHING), tmp_path / "log") == 0
@@ -216,10 +216,21 @@ def test_a_run_may_be_prolonged_and_a_finished_one_asked_again(tmp_path):
     assert left_behind(tmp_path / "whole")["policy"] == finished["policy"]
 
 
+def test_weights_of_a_stage_that_is_trained_again_replace_the_old_ones(tmp_path):
+    """A run killed between a stage's weights and its checkpoint may go on with another learning rate."""
+    session = open_session(make_config(tiny_config(output_dir=str(tmp_path / "run"))), jax.devices()[:1])
+    with open_training(session) as opened:
+        before = opened.load_policy("base")
+        after = jax.tree.map(lambda x: x + 1, before)
+        for policy in (before, after):
+            opened.save_stage("main", {"policy": policy})
+        jax.tree.map(np.testing.assert_array_equal, opened.load_policy("main"), after)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [("off", "warm_start"), ("warm_start", "off")])
 def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):
-    """The same weights come out as from a recipe without it."""
+    """The same weights come out as from a recipe without it, and no evaluation is made twice."""
     policies = []
     for name, stages in (("with", recipe), ("without", ("warm_start",))):
         config = make_config(tiny_config(recipe=("warm_start",), output_dir=str(tmp_path / name)))
@@ -229,4 +240,5 @@ def test_a_stage_without_steps_hands_on_what_it_got(tmp_path, recipe):
             train(opened)
             finish(opened)
         policies.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+        assert [record["step"] for record in lines(tmp_path / name) if "eval/score" in record] == [0, 3]
     assert policies[0] == policies[1]

@@ -148,6 +148,9 @@ def test_samples_whose_reward_failed_train_nothing_where_asked() -> None:
     np.testing.assert_array_equal(left_out.host.loss_mask.any(axis=1), [True, False] * 4)
     np.testing.assert_array_equal(np.asarray(left_out.rollout.loss_mask), left_out.host.loss_mask)
     np.testing.assert_array_equal(left_out.rewards, kept.rewards)
+    # What is left out is not in the text's likelihood either: each token sampled has log-prob -.5.
+    for done in (kept, left_out):
+        np.testing.assert_allclose(row_metrics([done], 2)["train/perplexity"], np.exp(0.5))
 
 
 def test_a_reward_model_adds_its_score_or_a_bonus() -> None:

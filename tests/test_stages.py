@@ -11,7 +11,7 @@ import pytest
 from rljax.collect import collect
 from rljax.compiles import CompileCounter
 from rljax.data.batches import DataPosition
-from rljax.rewards.base import Score
+from rljax.rewards.base import Score, Span
 from rljax.stage_steps import online_step
 from rljax.stages import Stage
 from rljax.steps import TrainState
@@ -139,6 +139,22 @@ def test_groups_without_a_verdict_are_judged_by_their_rewards(mixing: Any) -> No
     done, _, metrics = collect(stage, NO_WEIGHTS, DataPosition(), 0)
     assert prompt_ids(done)[::2] == [2, 3, 6, 7]
     assert "train/correct" not in metrics
+
+
+def test_rewards_of_tokens_come_along_from_every_round(mixing: Any) -> None:
+    """Only prompts of the second round (4 to 7) get spans: those kept of the first have zeros beside them."""
+    stage = mixing("anmm", 5)
+    second = {row["prompt"] for row in stage.source.rows[4:8]}
+
+    def judged(prompt: str, completion: str) -> Score:
+        spans = (Span(0, 1, 0.5),) if prompt in second else ()
+        return is_one(prompt, completion)._replace(spans=spans)
+
+    stage.runner = main_stage(stage.session, judged).runner
+    done, _, _ = collect(stage, NO_WEIGHTS, DataPosition(), 0)
+    assert prompt_ids(done)[::2] == [2, 3, 6, 7]
+    assert done.dense is not None
+    np.testing.assert_allclose(done.dense.sum(axis=1), [0.0] * 4 + [0.5] * 4)
 
 
 def test_every_group_all_right_trains_nothing_and_counts_as_a_step(mixing: Any) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from rljax.algos import sft
 from rljax.algos.base import Algorithm, Batch
-from rljax.forward import cut_rows, join_rows, make_score, take_rows
+from rljax.forward import make_score
 from rljax.models.params import init_params, param_shardings
 from rljax.optim import OptimConfig, make_optimizer
+from rljax.packing import cut_rows, join_rows, take_rows
 from rljax.sharding import to_global
 from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
 from rljax.types import Outputs, Term

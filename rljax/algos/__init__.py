@@ -1,4 +1,4 @@
-"""Algorithms. To add one: a file like sft.py, a line here, a config, a hand-number test."""
+"""Algorithms. To add one: a file like sft.py, a line here, a config, and a test against hand-computed numbers."""
 
 from rljax.algos import (
     aot,

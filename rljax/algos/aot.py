@@ -1,4 +1,4 @@
-"""AOT (2406.05882): the k-th smallest log-ratio of the chosen against the k-th smallest of the rejected, of a step."""
+"""AOT (2406.05882): match sorted log-ratios of chosen and rejected completions over an optimizer step."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,8 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the KL to the reference
-    paired: bool  # sorted l_w - l_l against the reference's; else sorted r_w against sorted r_l
+    beta: float  # KL coefficient
+    paired: bool  # compare sorted l_w - l_l with the reference's; otherwise sorted r_w with sorted r_l
     label_smoothing: float = 0.0  # rate of wrong labels
 
 

@@ -1,4 +1,4 @@
-"""The door of an algorithm: pure functions of arrays in a NamedTuple. It knows no model, mesh or tokenizer."""
+"""The algorithm interface: pure functions of arrays in a NamedTuple, with no model, mesh or tokenizer."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -17,7 +17,7 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the KL to the reference
+    beta: float  # KL coefficient
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

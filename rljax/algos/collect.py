@@ -1,4 +1,4 @@
-"""Sampling without training: a stage whose completions are another stage's data."""
+"""Sampling without training: a stage whose completions become the data of a later stage."""
 
 from dataclasses import dataclass
 

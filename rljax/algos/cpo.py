@@ -1,4 +1,4 @@
-"""CPO (2401.08417): DPO with a flat reference, and cloning of the chosen side."""
+"""CPO (2401.08417): DPO with a uniform reference, plus behavior cloning of the chosen completion."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +14,9 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the log-prob, the implicit reward
-    nll_coef: float  # of cloning; 1 in the paper
-    nll: Literal["sequence_sum", "token_mean"] = "sequence_sum"  # eq. 3, a mean over pairs; or TRL's, over tokens
+    beta: float  # scale of log-probs as implicit rewards
+    nll_coef: float  # weight of the cloning term; 1 in the paper
+    nll: Literal["sequence_sum", "token_mean"] = "sequence_sum"  # mean over pairs (eq. 3), or over tokens as in TRL
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -1,4 +1,4 @@
-"""The critic's part of an online loss: value losses by name, and what a critic's head says as one number."""
+"""The critic in online algorithms: value losses by name, and its outputs as one number."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,15 +25,15 @@ PerToken = Float[Array, "b t"]
 class CriticLossConfig:
     """What the losses of critics share."""
 
-    value_coef: float  # of the value loss
-    value_clip: float  # clipped: how far a value counts as having moved since the rollout
+    value_coef: float  # weight of the value loss
+    value_clip: float  # clipped: largest change of a value since the rollout
     value_loss: Literal["clipped", "squared", "huber", "two_hot"] = (
-        "clipped"  # two_hot: cross entropy over bins of symlog returns (2310.17805); it knows no clip
+        "clipped"  # two_hot: cross entropy over bins of symlog returns (2310.17805), without a clip
     )
-    huber_delta: float = 1.0  # huber: where the loss goes from quadratic to linear
-    value_bins: int = 256  # two_hot: outputs of the critic's head
-    value_ema_coef: float = 0.0  # of the same loss, without a clip, towards the critic's running mean; 0: no mean
-    value_ema_decay: float = 0.98  # of that mean, an optimizer step (2301.04104); it moves after each rollout
+    huber_delta: float = 1.0  # huber: where the loss becomes linear
+    value_bins: int = 256  # two_hot: number of bins
+    value_ema_coef: float = 0.0  # weight of a loss towards a moving average of the critic; 0: off
+    value_ema_decay: float = 0.98  # decay of that average per optimizer step (2301.04104), updated after each rollout
 
 
 def with_critic(config: CriticLossConfig, algorithm: Algorithm) -> Algorithm:

@@ -18,7 +18,7 @@ from rljax.types import Experience, Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # 0: KL(teacher‖student), 1: KL(student‖teacher), between: generalised Jensen-Shannon
+    beta: float  # 0: KL(teacher‖student); 1: KL(student‖teacher); between: generalised Jensen-Shannon
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

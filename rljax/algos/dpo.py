@@ -1,4 +1,4 @@
-"""DPO (2305.18290) and the losses that replace its sigmoid, its log-probs, its divergence or its weights.
+"""DPO (2305.18290) and its variants: other losses, log-probs, divergences and weights.
 
 A reference that follows the policy (TR-DPO, 2404.09656) is the stage's: ``reference_ema``, ``reference_reset_steps``.
 """
@@ -41,14 +41,14 @@ LOSSES: dict[str, Callable[..., Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the KL to the reference; 1/η of SPPO, τ of IPO
-    loss: Loss = "sigmoid"  # ipo is that of its paper's results, on means per token; ipo_sum that of its equation
-    label_smoothing: float = 0.0  # rate of wrong labels: sigmoid (then cDPO), robust and exo
-    average: bool = False  # log-probs are means per token: length-normalised DPO (2411.15124)
+    beta: float  # KL coefficient; 1/η in SPPO, τ in IPO
+    loss: Loss = "sigmoid"  # ipo uses means per token, as in its paper's results; ipo_sum follows its equation
+    label_smoothing: float = 0.0  # rate of wrong labels; read by sigmoid (cDPO), robust and exo
+    average: bool = False  # use mean log-probs per token: length-normalised DPO (2411.15124)
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"  # f-DPO (2309.16240)
-    alpha: float = 0.5  # of the α-divergence; towards 0 it is the reverse KL, 1 is the forward KL
-    excess_weight: float = 1.0  # LD-DPO (2409.06411): α, weight of tokens past the shorter side's length
-    weights: Literal["none", "wpo", "wpo_capped"] = "none"  # WPO (2406.11827); its code caps a pair's weight at 1
+    alpha: float = 0.5  # of the α-divergence; → 0 is the reverse KL, 1 the forward KL
+    excess_weight: float = 1.0  # LD-DPO's α (2409.06411): weight of tokens beyond the length of the shorter side
+    weights: Literal["none", "wpo", "wpo_capped"] = "none"  # WPO (2406.11827), capped at 1 as in its code
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -1,4 +1,4 @@
-"""GRPO (2402.03300) and what is made of its pieces: one completion is judged against the others of its prompt.
+"""GRPO (2402.03300) and its variants: completions are compared with the others of the same prompt.
 
 Dr. GRPO (2503.20783): advantage_std none, constant_length. DAPO (2503.14476): clip_high .28, token_mean, kl_coef 0, an
 overlong buffer, ``rollout.keep_groups`` mixed. Lite PPO (2508.08221): advantage_std batch, token_mean. GSPO, CISPO,
@@ -34,10 +34,10 @@ Statistic = Literal["group", "batch", "running", "none"]
 @dataclass(frozen=True, kw_only=True)
 class Config(PolicyConfig):
     advantage_mean: Literal["group", "batch", "running", "none", "by_length"]  # what is subtracted from a reward
-    advantage_std: Statistic  # what it is divided by; batch is of the raw rewards
-    mixed_scale: bool = False  # times rows over rows of groups whose rewards differ (GPG's α)
-    overlong_buffer: int = 0  # tokens before the budget in which a penalty grows (2503.14476, eq. 13); 0: none
-    overlong_factor: float = 1.0  # what the penalty grows to
+    advantage_std: Statistic  # what it is divided by; batch uses the raw rewards
+    mixed_scale: bool = False  # scale by rows over rows of groups with differing rewards (GPG's α)
+    overlong_buffer: int = 0  # length penalty over this many tokens before the budget (2503.14476, eq. 13); 0: off
+    overlong_factor: float = 1.0  # largest penalty
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
@@ -47,6 +47,11 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
     by_length = config.advantage_mean == "by_length"
     if by_length and config.advantage_std != "none":
         raise ValueError("advantage_mean 'by_length' is OPO's, which divides by nothing; set advantage_std to 'none'")
+
+    if config.overlong_buffer < 0 or config.overlong_buffer > max_new_tokens:
+        raise ValueError(
+            f"overlong_buffer is {config.overlong_buffer}; give tokens within the budget of {max_new_tokens}, or 0"
+        )
 
     def rewards_of(experience: Experience) -> Float[Array, " b"]:
         mask = experience.rollout.loss_mask

@@ -1,4 +1,4 @@
-"""KTO (2402.01306): single completions marked desirable or not, against the mean log-ratio of mismatched ones."""
+"""KTO (2402.01306): completions marked desirable or not, against the mean log-ratio of mismatched ones."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the KL to the reference
-    desirable_weight: float = 1.0  # λ_D; the paper wants λ_D·n_D / (λ_U·n_U) in [1, 4/3]
+    beta: float  # KL coefficient
+    desirable_weight: float = 1.0  # λ_D; the paper recommends λ_D·n_D / (λ_U·n_U) in [1, 4/3]
     undesirable_weight: float = 1.0  # λ_U
 
 

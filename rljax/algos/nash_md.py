@@ -1,4 +1,4 @@
-"""Nash-MD (2312.00886): the policy learns to be preferred to its own mixture with the reference.
+"""Nash-MD (2312.00886): the policy learns to be preferred over its own mixture with the reference.
 
 A prompt's first completion is the policy's, its second a rival's from ``π^{1-m} ref^m`` (``rival_mixture``). Only the
 first is trained; the rival leaves the batch once it has judged.
@@ -22,10 +22,10 @@ from rljax.types import Experience, Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ScoreConfig):
-    beta: float  # of the KL to the reference
-    mixture: float  # m: the reference's part in the rival, 0 to 1 (.125 in the paper)
-    preference: Literal["sigmoid", "order"] = "sigmoid"  # the chance to win: σ(score - rival's), or 1, ½ and 0
-    per_token: bool = False  # a token answers for its own log-ratio only, as one code has it
+    beta: float  # KL coefficient
+    mixture: float  # m, the reference's share in the rival, 0 to 1 (.125 in the paper)
+    preference: Literal["sigmoid", "order"] = "sigmoid"  # win probability: σ of the score gap, or 1, ½, 0
+    per_token: bool = False  # each token is charged only for its own log-ratio, as in TRL
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -1,4 +1,4 @@
-"""Online DPO (2402.04792; asynchronous, 2410.18252): DPO on the best and the worst of a prompt's own completions.
+"""Online DPO (2402.04792; asynchronous, 2410.18252): DPO on the best and worst completion of each prompt.
 
 With two completions a prompt it is the paper's. Every loss of ``dpo`` works. A pair of equal scores says nothing and
 leaves the loss.

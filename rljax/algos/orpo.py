@@ -1,4 +1,4 @@
-"""ORPO (2403.07691): cross-entropy of the chosen side and the odds of chosen against rejected, without a reference."""
+"""ORPO (2403.07691): cross entropy on the chosen completion plus an odds ratio, without a reference."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    odds_coef: float  # λ, of the odds ratio beside the cross entropy
+    odds_coef: float  # λ, weight of the odds ratio beside the cross entropy
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -1,4 +1,4 @@
-"""What algorithms on pairs share: rows 2i are chosen, rows 2i + 1 rejected, and every loss reports the same numbers."""
+"""Shared by algorithms on pairs: rows 2i are chosen, rows 2i + 1 rejected, and all report the same metrics."""
 
 from typing import Any
 

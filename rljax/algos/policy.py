@@ -1,4 +1,4 @@
-"""The policy's part of an online loss: surrogates, off-policy weights, KL and entropy, each chosen by name.
+"""The policy in online algorithms: surrogates, off-policy weights, KL and entropy, each chosen by name.
 
 Three policies, three names: the sampler's log-probs are ``behavior_logprobs``; ``proximal_logprobs`` are the trainer's
 own, once before the first update, where a correction asks for them; ratios are current over proximal.
@@ -60,38 +60,42 @@ Mask = Bool[Array, "b t"]
 class PolicyConfig:
     """What the losses of online policies share."""
 
-    kl_coef: float  # of the KL to the reference; 0 loads no reference
-    clip_low: float  # the ratio is clipped below 1 - clip_low (gmpo: its logarithm below -clip_low)
-    clip_high: float  # the ratio is clipped above 1 + clip_high (gmpo: its logarithm above clip_high)
-    aggregation: AggregationName  # how the losses of tokens become one number
-    kl_in: Literal["loss", "reward"] = "loss"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k3"  # k1 for the reward, others for the loss
-    kl_of_truncated: bool = False  # charge the reward also where sampling is truncated and the reference is not
+    kl_coef: float  # coefficient of the KL to the reference; 0: no reference is loaded
+    clip_low: float  # clip the ratio below 1 - clip_low (gmpo: its logarithm below -clip_low)
+    clip_high: float  # clip the ratio above 1 + clip_high (gmpo: its logarithm above clip_high)
+    aggregation: AggregationName  # how token losses are averaged
+    kl_in: Literal["loss", "reward"] = "loss"  # apply the KL penalty in the loss or in the reward
+    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = (
+        "k3"  # use k1 in the reward, any other in the loss
+    )
+    kl_of_truncated: bool = False  # allow the KL in the reward although top-k/top-p truncate only the sampler
     surrogate: Literal["clipped", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = (
-        "clipped"  # the loss of a token; gspo and gmpo are of whole sequences, reinforce has no ratio
+        "clipped"  # token loss; gspo and gmpo use one ratio per sequence, reinforce none
     )
-    dual_clip: float | None = None  # bound of the loss where the advantage is negative (1912.09729); usually 3
-    sapo_tau: tuple[float, ...] = (1.0, 1.05)  # sapo's gates, for positive and for negative advantages
-    entropy_coef: float = 0.0  # of the entropy, which is rewarded
-    mask_truncated: bool = False  # completions cut by the budget count in the statistics and not in the loss
+    dual_clip: float | None = None  # bound on the loss at negative advantages (1912.09729), usually 3
+    sapo_tau: tuple[float, ...] = (1.0, 1.05)  # sapo's temperatures for positive and negative advantages
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    mask_truncated: bool = False  # leave truncated completions out of the loss, but not of the statistics
     correction: Literal["none", "decoupled", "truncated", "masked", "two_sided"] = (
-        "none"  # what becomes of the weight proximal / behaviour: kept (2110.00641), TIS, MIS, IcePop
+        "none"  # off-policy weight, proximal over behavior: as is (2110.00641), TIS, MIS, IcePop
     )
-    correction_of: Literal["token", "sequence", "geometric"] = "token"  # what that weight is of
+    correction_of: Literal["token", "sequence", "geometric"] = "token"  # level at which that weight is computed
     correction_low: float = 0.0  # two_sided: smaller weights become 0
-    correction_high: float = 2.0  # truncated: the largest weight; masked, two_sided: larger ones become 0
-    covariance: Literal["none", "clip_cov", "kl_cov"] = "none"  # against the collapse of entropy (2505.22617)
-    covariance_share: float = 2e-4  # of the tokens that it takes
-    covariance_bounds: tuple[float, ...] = (1.0, 5.0)  # clip_cov draws among tokens between them
-    covariance_kl_coef: float = 1.0  # kl_cov's, of |log ratio| at its tokens
+    correction_high: float = 2.0  # truncated: largest weight; masked and two_sided: larger weights become 0
+    covariance: Literal["none", "clip_cov", "kl_cov"] = "none"  # against entropy collapse (2505.22617)
+    covariance_share: float = 2e-4  # fraction of tokens selected
+    covariance_bounds: tuple[float, ...] = (1.0, 5.0)  # clip_cov selects among tokens with a covariance between these
+    covariance_kl_coef: float = 1.0  # kl_cov: weight of |log ratio| at the selected tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapedRewardConfig(PolicyConfig, ScoreConfig):
     """What algorithms share that charge the KL in the reward and read a score's rules."""
 
-    kl_in: Literal["loss", "reward"] = "reward"  # where the KL to the reference is charged
-    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = "k1"  # k1 for the reward, others for the loss
+    kl_in: Literal["loss", "reward"] = "reward"  # apply the KL penalty in the loss or in the reward
+    kl_estimator: Literal["k1", "k2", "k3", "k4", "straight_through"] = (
+        "k1"  # use k1 in the reward, any other in the loss
+    )
 
 
 SURROGATES: dict[str, Callable[[PolicyConfig, PerToken, PerToken, PerToken, Mask], PerToken]] = {
@@ -104,6 +108,7 @@ SURROGATES: dict[str, Callable[[PolicyConfig, PerToken, PerToken, PerToken, Mask
     "reinforce": lambda c, new, old, a, mask: reinforce(new, a),
 }
 OF_SEQUENCES = ("gspo", "gmpo")
+WITHOUT_RATIO = ("cispo", "reinforce")  # their loss is -A log π, with or without a constant weight
 KL_ESTIMATORS: dict[str, Callable[[PerToken, PerToken, PerToken], PerToken]] = {
     "k1": lambda new, ref, sampled: k1(new, ref),
     "k2": lambda new, ref, sampled: k2(new, ref),
@@ -150,6 +155,12 @@ def policy_needs(config: PolicyConfig) -> set[str]:
         )
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError("kl_estimator 'k1' has no gradient in the loss; set kl_in to 'reward', or take k2 or k3")
+    if config.dual_clip is not None and config.surrogate in WITHOUT_RATIO:
+        raise ValueError(
+            f"dual_clip bounds a ratio, and surrogate {config.surrogate!r} has none in its loss; leave it out"
+        )
+    if config.dual_clip is not None and not config.dual_clip > 1:
+        raise ValueError(f"dual_clip is {config.dual_clip:g}; it bounds the ratio and must be above 1 (usually 3)")
     if len(config.sapo_tau) != 2 or len(config.covariance_bounds) != 2:
         raise ValueError("sapo_tau and covariance_bounds are two numbers each")
     asked = {
@@ -231,7 +242,7 @@ def policy_terms(config: PolicyConfig, aggregation: Aggregation, outputs: Output
         mask, outputs.logprobs, outputs.entropy, _old(batch), batch["advantages"]
     )
     losses = SURROGATES[config.surrogate](config, new, old, advantages, mask)
-    if config.dual_clip:
+    if config.dual_clip is not None:
         losses = dual_clip(losses, advantages, config.dual_clip)
     if config.correction != "none":
         losses = batch["weights"] * losses

@@ -1,4 +1,4 @@
-"""PPO (1707.06347) with a critic, as RLHF has it: the score on the last token, the KL in the reward, GAE.
+"""PPO (1707.06347) with a critic, as in RLHF: the score on the last token, the KL in the reward, GAE.
 
 Tulu 2.5 (2406.09279), Tulu 3 (2411.15124) and the TL;DR reproduction (2403.17031) are settings of this file. RTO and
 PPO-max stand in files of their own. DreamerV3's tricks (2310.17805): value_loss two_hot, value_ema_coef,
@@ -40,19 +40,19 @@ from rljax.types import Experience, Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ShapedRewardConfig, CriticLossConfig):
-    gamma: float  # discount of a token's reward at the tokens before it
+    gamma: float  # discount per token
     lam: float  # GAE's λ
-    whiten_advantages: Literal["rollout", "minibatch", "none"]  # over whose tokens
-    whiten_rewards: bool = False  # token rewards over the rollout, their mean kept (2403.17031, detail 24)
-    kl_target: float | None = None  # nats a completion that an adaptive kl_coef aims at (1909.08593); None: fixed
-    kl_horizon: float = 10000.0  # completions in which the adaptive coefficient can about double
+    whiten_advantages: Literal["rollout", "minibatch", "none"]  # whiten over the tokens of which batch
+    whiten_rewards: bool = False  # normalise token rewards over the rollout, keeping the mean (2403.17031, detail 24)
+    kl_target: float | None = None  # target of an adaptive kl_coef, nats per completion (1909.08593)
+    kl_horizon: float = 10000.0  # completions over which the adaptive coefficient can about double
     truncated: Literal["terminal", "bootstrap"] = (
-        "terminal"  # what follows a cut completion: nothing, or its last value
+        "terminal"  # value after a completion that was cut off: 0, or the critic's last value
     )
-    advantage_clip: float | None = None  # advantages stay within ± this, after whitening
-    scale_by_percentile: bool = False  # advantages over the running spread of returns; not with whitening
-    dense_coef: float = 0.0  # of rewards for single tokens (ARES: 1; LMGT: its shift)
-    dense_rollouts: int = 0  # rollouts over which dense_coef falls to 0; 0: it stays
+    advantage_clip: float | None = None  # clip advantages to ± this, after whitening
+    scale_by_percentile: bool = False  # divide advantages by a running percentile range of returns; excludes whitening
+    dense_coef: float = 0.0  # weight of token-level rewards (ARES: 1; LMGT: its shift)
+    dense_rollouts: int = 0  # anneal dense_coef to 0 over this many rollouts; 0: constant
 
 
 class State(NamedTuple):

@@ -1,4 +1,4 @@
-"""PPO-max (2307.04964): PPO on rewards that are normalised by everything seen so far, and clipped.
+"""PPO-max (2307.04964): PPO on rewards normalised by running statistics, and clipped.
 
 The rest of its set are settings: kl_coef .05 in the reward, value_clip .2, a critic from the reward model
 (``critic.init_from``), first trained alone (``optim.freeze_steps``), ``text_mix`` for PPO-ptx.
@@ -19,7 +19,7 @@ from rljax.types import Experience
 @dataclass(frozen=True, kw_only=True)
 class Config(ppo.Config):
     reward_center: bool = True  # subtract the running mean; the authors' script only divides
-    normalized_clip: float | None  # δ: normalised rewards stay within ± this (10 in the authors' code); None: no clip
+    normalized_clip: float | None  # clip normalised rewards to ± this (10 in the authors' code); None: no clip
 
 
 class State(NamedTuple):

@@ -1,4 +1,4 @@
-"""Reward models of prefixes: "this answer will be right" at every token, "this step is right" at every step's end.
+"""Reward models of prefixes: predict the outcome at every token, or the correctness of a step at its end.
 
 Which of the two is in the rows: an outcome labels every token of the completion (ORM, 2110.14168, 2403.04642), steps
 label their last tokens (PRM, 2305.20050). The score is the logit of the probability.

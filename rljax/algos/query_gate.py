@@ -1,4 +1,4 @@
-"""When to ask a language model: LaGR-SEQ's second learner (2308.13542) under a budget. Host Python, no arrays."""
+"""When to query a language model: LaGR-SEQ's second learner (2308.13542) with a budget. Host Python, no arrays."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace

@@ -21,9 +21,9 @@ from rljax.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ShapedRewardConfig):
-    gamma: float  # discount of a token's reward at the tokens before it
+    gamma: float  # discount per token
     baseline: Literal["none", "group", "greedy"]  # what is subtracted from a completion's reward
-    whiten_advantages: bool  # over all tokens of the rollout
+    whiten_advantages: bool  # normalise over all tokens of the rollout
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

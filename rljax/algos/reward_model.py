@@ -25,10 +25,10 @@ PerAnswer = Float[Array, "units k"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    loss: Literal["bradley_terry", "plackett_luce", "pairwise_split"]  # of pairs; of rankings, whole or as their pairs
-    answers: int = 2  # of a row; rankings may have fewer
-    margin_coef: float = 0.0  # of the difference of a pair's scores, which its rewards have to exceed (2307.09288)
-    centering_coef: float = 0.0  # of (r_w + r_l)², which keeps rewards around 0 (2312.09244)
+    loss: Literal["bradley_terry", "plackett_luce", "pairwise_split"]  # of pairs; of rankings; of their pairs
+    answers: int = 2  # answers per row; rankings may have fewer
+    margin_coef: float = 0.0  # margin as a multiple of a pair's score difference (2307.09288)
+    centering_coef: float = 0.0  # weight of (r_w + r_l)², which keeps rewards near 0 (2312.09244)
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
@@ -77,7 +77,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
             "confidence": jax.nn.sigmoid(jnp.abs(gaps)),
         }
         terms |= {name: Term(masked_sum(value, won), "comparisons", 0.0) for name, value in metrics.items()}
-        return terms | {"reward": Term(masked_sum(rewards, present), "answers", 0.0)}
+        return terms | {"score": Term(masked_sum(rewards, present), "answers", 0.0)}
 
     return Algorithm(
         needs=frozenset(),

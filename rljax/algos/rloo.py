@@ -1,4 +1,4 @@
-"""RLOO (2402.14740): REINFORCE whose baseline is the mean reward of a prompt's other completions.
+"""RLOO (2402.14740): REINFORCE with the mean reward of a prompt's other completions as baseline.
 
 A completion is one action: its reward has the KL of the whole sequence in it. The paper's loss is surrogate reinforce
 under sequence_mean_token_sum; several updates of one rollout want the clipped surrogate.
@@ -16,7 +16,7 @@ from rljax.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ShapedRewardConfig):
-    whiten_advantages: bool = False  # over the rollout's tokens; not in the paper
+    whiten_advantages: bool = False  # normalise over the rollout's tokens; not in the paper
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

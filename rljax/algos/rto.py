@@ -1,4 +1,4 @@
-"""RTO (2404.18922): PPO whose token rewards come from a DPO policy, ``β1 log(π_dpo / π_ref)`` at each token.
+"""RTO (2404.18922): PPO with token rewards from a DPO policy, ``β1 log(π_dpo / π_ref)``.
 
 The guide is the DPO policy (``guide_from``), the reference the model that it was trained from. Over a completion the
 unclamped rewards sum to β1 times the log-ratio of the sequence: a bonus with its credit spread.
@@ -18,8 +18,8 @@ from rljax.types import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ppo.Config):
-    guide_coef: float  # β1; it has DPO's β in it already. 0 is PPO and reads no guide
-    guide_clamp: float | None = None  # a token's reward from the guide stays within ± this (.05 in the paper's code)
+    guide_coef: float  # β1, which already includes DPO's β; 0 is plain PPO without a guide
+    guide_clamp: float | None = None  # clip each token's reward from the guide to ± this (.05 in the paper's code)
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

@@ -1,4 +1,4 @@
-"""What a completion's score is worth: the missing end token, gain and bias, a bound."""
+"""Processing of raw scores: missing end token, gain and bias, clipping."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +13,11 @@ from rljax.types import FINISH_END, Experience
 class ScoreConfig:
     """What is done to scores before anything else."""
 
-    missing_end: Literal["keep", "replace", "subtract"] = "keep"  # what a completion without end token has of its score
-    missing_end_value: float = 0.0  # replace: its score instead (-10, -1); subtract: what is taken off (1)
-    reward_gain: float = 1.0  # times the score
-    reward_bias: float = 0.0  # added to it after the gain
-    reward_clip: float | None = None  # the score stays within ± this
+    missing_end: Literal["keep", "replace", "subtract"] = "keep"  # effect of a missing end token on the score
+    missing_end_value: float = 0.0  # replace: the score used instead (-10, -1); subtract: the amount (1)
+    reward_gain: float = 1.0  # multiplies the score
+    reward_bias: float = 0.0  # added to the score after the gain
+    reward_clip: float | None = None  # clip the score to ± this
 
 
 def is_finished(experience: Experience) -> Bool[Array, " b"]:

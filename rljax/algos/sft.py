@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross entropy on the tokens of the completion, packed or not, and what is added to it."""
+"""Supervised fine-tuning: cross entropy on completion tokens, with optional smoothing, z-loss and DFT."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,10 +16,10 @@ from rljax.types import Outputs, Term
 class Config:
     """Tokens weigh alike, over the whole optimizer step."""
 
-    loss: Literal["nll", "dft"] = "nll"  # cross entropy, or that weighted by the token's probability (2508.05629)
-    label_smoothing: float = 0.0  # of the target that is uniform over the vocabulary (1512.00567)
-    z_loss_coef: float = 0.0  # of log² of the logits' normaliser; 1e-4 in its paper (2204.02311)
-    reduction: Literal["token_mean", "token_sum"] = "token_mean"  # Tülu 3 (2411.15124) sums and tunes its rate to that
+    loss: Literal["nll", "dft"] = "nll"  # dft: cross entropy weighted by the probability (2508.05629)
+    label_smoothing: float = 0.0  # weight of a uniform target (1512.00567)
+    z_loss_coef: float = 0.0  # weight of the squared log normaliser of the logits; 1e-4 in its paper (2204.02311)
+    reduction: Literal["token_mean", "token_sum"] = "token_mean"  # Tülu 3 (2411.15124) uses the sum
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

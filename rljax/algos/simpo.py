@@ -1,4 +1,4 @@
-"""SimPO (2405.14734): mean log-probs with a margin, without a reference."""
+"""SimPO (2405.14734): mean log-probs with a target margin, without a reference."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from rljax.types import Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    beta: float  # of the mean log-prob, the implicit reward
-    gamma: float  # the margin itself; the paper's tables give gamma / beta
+    beta: float  # scale of mean log-probs as implicit rewards
+    gamma: float  # target margin; the paper's tables give gamma / beta
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

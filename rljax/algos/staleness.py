@@ -1,4 +1,4 @@
-"""Which version of the policy samples a rollout and which update trains on it: a schedule without devices or clocks.
+"""Which policy version samples a rollout and which update trains on it: a schedule without devices or clocks.
 
 Version v is the policy after v updates. Update u trains on rollout u and makes version u + 1.
 """

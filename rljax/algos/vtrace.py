@@ -1,4 +1,4 @@
-"""V-trace actor-critic (IMPALA, 1802.01561): value targets and advantages corrected for rollouts of an older policy.
+"""V-trace actor-critic (IMPALA, 1802.01561): targets and advantages corrected for rollouts of an older policy.
 
 The weights are proximal over behaviour, so a rollout may come from an earlier version (``staleness``) or from a sampler
 of another precision; the advantages carry ρ and take a plain policy gradient. Cleanba's IMPALA (2310.00036) sums over
@@ -20,11 +20,11 @@ from rljax.types import Experience, Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ShapedRewardConfig, CriticLossConfig):
-    gamma: float  # discount of a token's reward at the tokens before it
-    rho_clip: float  # ρ̄, bound of the weight in the targets and advantages
-    c_clip: float  # c̄, bound of the weight with which later corrections come back
+    gamma: float  # discount per token
+    rho_clip: float  # ρ̄, largest weight in targets and advantages
+    c_clip: float  # c̄, largest weight of later corrections
     surrogate: Literal["clipped", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "reinforce"] = (
-        "reinforce"  # the loss of a token; its ratio is current over behaviour
+        "reinforce"  # token loss; its ratio is current over behavior
     )
 
 

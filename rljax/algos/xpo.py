@@ -1,4 +1,4 @@
-"""XPO (2405.21046): online DPO that also pushes down what the reference writes, and so explores.
+"""XPO (2405.21046): online DPO that also lowers the likelihood of the reference's completions, to explore.
 
 A prompt's first completion is the policy's and its second the reference's (``rival_mixture`` 1); scores order the pair.
 """
@@ -19,8 +19,8 @@ from rljax.types import Experience, Outputs, Term
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ScoreConfig):
-    beta: float  # of the KL to the reference
-    alpha: float  # of the exploration term, the log-prob of the reference's completion; 0 is online DPO
+    beta: float  # KL coefficient
+    alpha: float  # weight of the exploration term, the log-prob of the reference's completion; 0 is online DPO
 
 
 def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:

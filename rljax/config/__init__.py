@@ -1,4 +1,4 @@
-"""Settings: a config file and the command line in, frozen dataclasses out. ConfigDict stops here."""
+"""Settings: from a config file and the command line to frozen dataclasses. ConfigDict is not used beyond this point."""
 
 from rljax.config.build import algo_defaults, default_config, make_config, resolved
 from rljax.config.command_line import USAGE, Command, parse

@@ -1,4 +1,4 @@
-"""Combinations of settings that cannot work, found before anything is loaded."""
+"""Combinations of settings that cannot work, rejected before anything is loaded."""
 
 from rljax.algos import Algorithm
 from rljax.config.errors import ConfigError

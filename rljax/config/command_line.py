@@ -1,4 +1,4 @@
-"""The command line: ``--config FILE``, ``--config.dotted.key=value`` and two switches. Nothing else passes."""
+"""The command line: ``--config FILE``, ``--config.dotted.key=value`` and two switches, and nothing else."""
 
 import ast
 import dataclasses
@@ -19,14 +19,14 @@ from rljax.config.build import algo_defaults, all_keys, hints, make_config, no_s
 from rljax.config.errors import ConfigError, nearest
 from rljax.config.fields import STAGE_FIELDS, Config, StageConfig
 
-USAGE = """python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
+USAGE = """usage: python -m rljax.main --config FILE [--config.KEY=VALUE ...] [--print_config | --dry_run]
 
   --config FILE         a Python file with get_config(), such as configs/quickstart.py, or one of its VARIANTS,
                         such as configs/zephyr.py:paper
-  --config.KEY=VALUE    a setting by its dotted key: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
-                        (docs/config.md has them all; a list is written 10,12)
-  --print_config        show the resolved config and leave
-  --dry_run             check everything, show the first prompts and the memory plan; compile and write nothing
+  --config.KEY=VALUE    override a setting: --config.optim.learning_rate=1e-6 --config.mesh=1,-1,4
+                        (docs/config.md lists them all; lists are written 10,12)
+  --print_config        print the resolved config and exit
+  --dry_run             check everything, print the first prompts and the memory plan, and exit; compiles nothing
 """
 SWITCHES = ("print_config", "dry_run")
 KEYS = sorted({key.rpartition(".")[2] for key in all_keys(Config, "config")})
@@ -69,8 +69,7 @@ def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
             switches.add(name)
             continue
         if name != "config" and not name.startswith("config."):
-            close = difflib.get_close_matches(name.partition(".")[0], ("config", *SWITCHES), n=1, cutoff=0.0)
-            raise ConfigError(f"{flag} is not a flag; did you mean --{close[0]}?")
+            raise ConfigError(f"{flag} is not a flag; {_meant(name)}")
         if not equals:
             if not waiting or waiting[0].startswith("--"):
                 raise ConfigError(f"{flag} has no value; write {flag}=value")
@@ -82,6 +81,14 @@ def _split(arguments: Sequence[str]) -> tuple[str, dict[str, str], set[str]]:
         else:
             overrides[name.removeprefix("config.")] = text
     return file, overrides, switches
+
+
+def _meant(name: str) -> str:
+    """What a flag may have been meant to be: a setting without its group, or a misspelt flag."""
+    keys = [key for key in all_keys(Config, "config") if key.endswith(f".{name}")]
+    close = difflib.get_close_matches(name.partition(".")[0], ("config", *SWITCHES), n=1)
+    found = sorted(keys, key=lambda key: key.count("."))[:1] or close
+    return f"did you mean --{found[0]}?" if found else "settings are given as --config.key=value"
 
 
 def load_config_file(path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A refused setting, in one sentence with the nearest name."""
+"""Errors in settings: one sentence that suggests the nearest valid name."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""A run's settings as frozen dataclasses. What a field means stands beside it; docs/config.md is made from that.
+"""A run's settings as frozen dataclasses. The comments beside the fields become docs/config.md.
 
 The top level of a config describes the main job. A stage that differs from it (a warm start, say) lists under
 ``stages`` only what differs.
@@ -42,22 +42,22 @@ Decay = Annotated[float, Range(0, 1, open_high=True)]
 class ModelConfig:
     """Exactly one of ``path`` and ``architecture`` is set."""
 
-    path: str = ""  # a Hugging Face folder, local or gs://, or a Hub name
-    architecture: dict[str, Any] = field(default_factory=dict)  # a config.json as a dict: random weights
-    init_seed: Count = 0  # of random weights
+    path: str = ""  # Hugging Face model: a local or gs:// folder, or a Hub name
+    architecture: dict[str, Any] = field(default_factory=dict)  # config.json as a dict: random weights
+    init_seed: Count = 0  # seed of the random weights
     remat: Literal["none", "dots", "block"] = (
-        "none"  # what the backward pass keeps of a layer: all, products, its input
+        "none"  # activations kept for the backward pass: all, products with weights, or only each layer's input
     )
-    attention: Literal["auto", "xla", "cudnn", "flash"] = "auto"  # kernel of training and scoring; auto: by device
-    logits_chunk: Positive = 1024  # tokens a device whose logits exist at once
+    attention: Literal["auto", "xla", "cudnn", "flash"] = "auto"  # kernel for training and scoring; auto: by device
+    logits_chunk: Positive = 1024  # tokens per device whose logits are held in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    path: str = ""  # default: the model's folder; "characters:<alphabet>" builds one on the spot
-    template: str = ""  # "chat", a named plain template, a text with {prompt}, a .jinja file; default: text as it is
-    system_prompt: str = ""  # stands before every conversation that has none
-    end_tokens: tuple[str, ...] = ()  # default: the checkpoint's
+    path: str = ""  # default: the model's folder; "characters:<alphabet>" builds a character tokenizer
+    template: str = ""  # "chat", a named plain template, a text with {prompt}, or a .jinja file; default: none
+    system_prompt: str = ""  # added to every conversation that has none
+    end_tokens: tuple[str, ...] = ()  # tokens that end a completion; default: those of the checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +69,21 @@ class DataConfig:
     """
 
     train: str = ""  # source of the training rows
-    dev: str = ""  # source of the dev rows; default: the last dev_rows of the training rows are held out
+    dev: str = ""  # source of the dev rows; default: the last dev_rows training rows are held out
     test: str = ""  # source of the test rows; default: none
-    train_rows: Count = 0  # how many to use; 0: all there are
-    dev_rows: Count = 0  # how many to use, or to hold out of the training rows; 0: all there are, or none
-    test_rows: Count = 0  # how many to use; 0: all there are
+    train_rows: Count = 0  # number of rows to use; 0: all
+    dev_rows: Count = 0  # number of rows to use, or to hold out of the training rows; 0: all, or none
+    test_rows: Count = 0  # number of rows to use; 0: all
     columns: dict[str, str] = field(
         default_factory=dict
-    )  # ours to its: max_new_tokens, prompt, answer, solution, messages, chosen, rejected, completions, scores, label
-    options: dict[str, Any] = field(default_factory=dict)  # of a generated task or a Hub data set
-    prompt_prefix: str = ""  # before every prompt that is completed, such as the label of a wanted return
-    prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest that fits
-    row_length: Positive = 512  # tokens of a supervised row: prompt and completion together
-    seed: Count = 0  # of the order, and of splits_by_prompt
-    splits_by_prompt: bool = False  # dev and test are tenths of the training source, by a hash of each row's prompt
-    bad_rows: Literal["error", "drop"] = "error"  # preference rows that prefer nothing: a sentence, or left out
+    )  # our names to theirs: prompt, answer, solution, messages, chosen, rejected, completions, scores, label, ...
+    options: dict[str, Any] = field(default_factory=dict)  # options of a generated task or of a Hub dataset
+    prompt_prefix: str = ""  # text before every prompt in a rollout, such as the label of a desired return
+    prompt_lengths: tuple[Positive, ...] = (256,)  # tokens; prompts are left-padded to the smallest length that fits
+    row_length: Positive = 512  # tokens of a supervised or preference row, prompt and completion together
+    seed: Count = 0  # seed of the row order and of splits_by_prompt
+    splits_by_prompt: bool = False  # take dev and test, a tenth each, from the training source, by a hash of the prompt
+    bad_rows: Literal["error", "drop"] = "error"  # what to do with rows that express no preference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +91,19 @@ class SelectConfig:
     """What becomes of the samples of earlier stages, for a stage with ``data.train = "rollouts:stage,stage"``."""
 
     rule: Literal["", "correct", "best", "returns", "pairs", "ranking", "verdicts"] = (
-        ""  # text: right samples, a group's best, or all under labels; pairs; rankings; verdicts: labelled answers
+        ""  # what to make of the samples: correct, best or returns (text), pairs, ranking, verdicts (labelled answers)
     )
-    distinct: Literal["none", "text", "equations"] = "none"  # what makes two samples of a prompt one
-    per_prompt: Count = 0  # keep at most so many samples of a prompt; 0: all
-    other: Literal["random", "worst"] = "random"  # what a group's best is paired with
-    labels: tuple[str, ...] = ()  # before the prompt of a wrong and of a right sample, under the rule returns
-    gap: Literal["", "easy", "difficult"] = ""  # keep pairs whose scores differ by more than gap_threshold, or the rest
-    gap_threshold: float = 0.0  # of MPO's split (2403.19443)
-    also: str = ""  # source of further rows of that kind, as data.train
+    distinct: Literal["none", "text", "equations"] = (
+        "none"  # drop repeated samples of a prompt, compared by text or by their equations
+    )
+    per_prompt: Count = 0  # samples to keep per prompt; 0: all
+    other: Literal["random", "worst"] = "random"  # what the best sample of a group is paired with
+    labels: tuple[str, ...] = ()  # text before the prompt of a wrong and of a right sample (rule returns)
+    gap: Literal["", "easy", "difficult"] = (
+        ""  # keep pairs whose scores differ by more than gap_threshold (easy), or the others (difficult)
+    )
+    gap_threshold: float = 0.0  # threshold of MPO's split (2403.19443)
+    also: str = ""  # source of additional rows of the same kind, as data.train
 
     def __post_init__(self) -> None:
         if (self.rule == "returns") != bool(self.labels) or len(set(self.labels)) != len(self.labels):
@@ -112,41 +116,41 @@ class SelectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    prompts_per_step: Positive = 8  # each with group_size completions
-    group_size: Positive = 8  # completions a prompt
-    max_new_tokens: Positive = 128  # of a completion, end token included
-    temperature: Amount = 1.0  # of sampling and, with it, of every log-prob that is trained on
-    top_k: Count = 0  # sample among so many tokens; 0: all
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # among the likeliest with this mass together; 1: all
-    min_p: Decay = 0.0  # among those at least this likely relative to the likeliest; 0: all
-    unimix: Decay = 0.0  # share of the distribution that is even over the vocabulary, in sampling and log-probs alike
+    prompts_per_step: Positive = 8  # prompts per rollout, each with group_size completions
+    group_size: Positive = 8  # completions per prompt
+    max_new_tokens: Positive = 128  # token budget of a completion, including the end token
+    temperature: Amount = 1.0  # sampling temperature; log-probs in training use the same one
+    top_k: Count = 0  # sample from the k likeliest tokens; 0: off
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # nucleus sampling; 1: off
+    min_p: Decay = 0.0  # sample from tokens at least this likely relative to the likeliest; 0: off
+    unimix: Decay = 0.0  # share of uniform probability mixed into the policy, in sampling and log-probs alike
     keep_groups: Literal["all", "mixed"] = (
-        "all"  # mixed: refill until prompts_per_step groups have both right and wrong
+        "all"  # mixed: keep groups with right and wrong completions, and sample more until there are enough
     )
-    max_rounds: Positive = 1  # of refilling
-    slots: Annotated[int, Range(-1)] = -1  # answers a data shard writes at once; 0: a fixed batch of all; -1: by device
-    pieces: Positive = 1  # programs that a rollout is cut into; the rewards of one overlap with the next
-    shrink_stages: Positive = 2  # loops, each with a quarter of the slots before; one on TPU
-    prefill_chunk: Count = 0  # tokens of a prompt read between two decode steps; 0: the whole prompt
-    uniform_steps: Literal["auto", "always", "never"] = "auto"  # data shards take equally many steps; auto: on TPU
-    weights_dtype: Literal["compute", "int8"] = "compute"  # of the layers while sampling; int8 needs algo.correction
-    cache_dtype: Literal["compute", "int8"] = "compute"  # of keys and values while sampling; int8 needs algo.correction
-    lag: Count = 0  # sample with the policy of so many rollouts before: asynchronous training's staleness, on one mesh
+    max_rounds: Positive = 1  # most rounds of sampling for keep_groups mixed
+    slots: Annotated[int, Range(-1)] = -1  # completions decoded at once per data shard; 0: fixed batch; -1: auto
+    pieces: Positive = 1  # parts of a rollout; the rewards of one are computed while the next is sampled
+    shrink_stages: Positive = 2  # decode loops, each with a quarter of the slots of the one before; always 1 on TPU
+    prefill_chunk: Count = 0  # prompt tokens processed between two decode steps; 0: the whole prompt
+    uniform_steps: Literal["auto", "always", "never"] = "auto"  # equal decode steps on all data shards; auto: on TPU
+    weights_dtype: Literal["compute", "int8"] = "compute"  # of layer weights in rollouts; int8 needs algo.correction
+    cache_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache in rollouts; int8 needs algo.correction
+    lag: Count = 0  # sample with the policy of this many rollouts ago, to simulate asynchronous training
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     names: tuple[str, ...] = ()  # rewards by name, or package.module:function
-    weights: tuple[float, ...] = ()  # default: 1 each
+    weights: tuple[float, ...] = ()  # weight of each reward; default: 1
     options: dict[str, Any] = field(
         default_factory=dict
-    )  # by reward (of package.module:function by function), the keyword options that it is called with
-    timeout_s: Duration = 10.0  # of one call
-    workers: Positive = 4  # threads or processes
-    processes: bool = False  # run rewards in processes, which a hanging one cannot hold up
-    failed_value: float = 0.0  # what a sample gets whose reward raised or hung
-    discard_failed: bool = False  # a sample whose reward raised or hung trains nothing
-    permute: bool = False  # a control: rewards shuffled over the batch; nothing may be learnt
+    )  # keyword arguments by reward name (by function for package.module:function)
+    timeout_s: Duration = 10.0  # time limit of one call
+    workers: Positive = 4  # number of threads or processes
+    processes: bool = False  # run rewards in processes, so that one that hangs can be killed
+    failed_value: float = 0.0  # reward of a sample whose reward function raised or timed out
+    discard_failed: bool = False  # leave such samples out of the loss
+    permute: bool = False  # control experiment: shuffle rewards over the batch, so that there is nothing to learn
 
     def __post_init__(self) -> None:
         # In a config file a key has no dots: options of package.module:function stand under the function.
@@ -164,22 +168,22 @@ class RewardConfig:
 class BatchConfig:
     """One rollout (or one draw of rows) is epochs x minibatches optimizer steps."""
 
-    rows: Count = 0  # of data a draw, in supervised and preference stages (a pair is one); rollouts have their own
-    epochs: Positive = 1  # passes over the rows
-    minibatches: Positive = 1  # optimizer steps a pass
-    micro_batch_rows: Count = 0  # sequences a forward and backward pass, over all devices; 0: the whole minibatch
-    pack: bool = True  # let short sequences share a row, so that micro-batches get fewer; the numbers stay the same
-    row_length: Count = 0  # tokens of such a row; 0: the longest that a sequence can be
+    rows: Count = 0  # data rows per step in supervised and preference stages (a pair is one row)
+    epochs: Positive = 1  # passes over the rows of a step
+    minibatches: Positive = 1  # optimizer steps per pass
+    micro_batch_rows: Count = 0  # sequences per forward and backward pass, over all devices; 0: the whole minibatch
+    pack: bool = True  # pack short sequences together so that fewer micro-batches are needed; results are unchanged
+    row_length: Count = 0  # tokens of a packed row; 0: the longest possible sequence
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
     """The model with a scalar head that a stage trains: PPO's critic, or a reward model."""
 
-    init_from: str = "policy"  # body and head: "policy" (its body, a new head) | an earlier stage | a folder
-    seed: Count = 0  # of a new head
-    center_on: str = ""  # a reward model's mean score is 0 on: chosen (of its rows) | a source of text; default: as is
-    center_rows: Count = 0  # how many of those rows; 0: all there are
+    init_from: str = "policy"  # policy (its body, a new head), an earlier stage, or a folder (head included)
+    seed: Count = 0  # seed of a new head
+    center_on: str = ""  # shift a reward model's mean score to 0 on: chosen (of its rows), or a source; default: off
+    center_rows: Count = 0  # number of those rows; 0: all
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))  # of a critic beside a policy
 
 
@@ -187,10 +191,10 @@ class CriticConfig:
 class TextMixConfig:
     """Plain text whose cross entropy is added to every optimizer step (PPO-ptx)."""
 
-    coef: Amount = 0.0  # 0: none
-    rows: Positive = 8  # an optimizer step
+    coef: Amount = 0.0  # weight of the added cross entropy; 0: off
+    rows: Positive = 8  # rows per optimizer step
     train: str = ""  # source of the rows, as data.train
-    train_rows: Count = 0  # how many to use; 0: all there are
+    train_rows: Count = 0  # number of rows to use; 0: all
     columns: dict[str, str] = field(default_factory=dict)  # as data.columns
     options: dict[str, Any] = field(default_factory=dict)  # as data.options
     row_length: Positive = 512  # tokens of a row
@@ -198,12 +202,12 @@ class TextMixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every_steps: Count = 0  # on dev; 0: before the first and after the last step only
-    samples: Positive = 1  # completions a prompt; above 1 pass@k is reported too
-    temperature: Amount = 0.0  # of the samples; 0 is greedy
-    greedy: bool = False  # one more completion a prompt, a greedy one: the score is then its, pass@k the samples'
-    prompts_per_batch: Positive = 64  # of one call of the sampler
-    shown_prompts: Count = 4  # how many fixed prompts go to samples.jsonl
+    every_steps: Count = 0  # steps between dev evaluations; 0: only before the first step and after the last
+    samples: Positive = 1  # completions per prompt; above 1, pass@k is reported too
+    temperature: Amount = 0.0  # sampling temperature; 0 is greedy
+    greedy: bool = False  # add one greedy completion per prompt; the score is then that of the greedy ones
+    prompts_per_batch: Positive = 64  # prompts per call of the sampler
+    shown_prompts: Count = 4  # number of fixed prompts whose completions go to samples.jsonl
 
     @property
     def completions(self) -> int:
@@ -218,52 +222,52 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every_steps: Count = 0  # 0: after the last step only
-    keep: Positive = 2  # the newest
-    keep_best: bool = True  # by the dev score, beside the newest
-    export: bool = True  # write the trained policy as a Hugging Face folder
+    every_steps: Count = 0  # steps between checkpoints; 0: only at the end of each stage
+    keep: Positive = 2  # number of latest checkpoints to keep
+    keep_best: bool = True  # also keep the one with the best dev score
+    export: bool = True  # write the trained model as a Hugging Face folder at the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitConfig:
     """When to stop a run that has gone wrong; the reason is logged. 0 switches a rule off."""
 
-    bad_steps: Count = 10  # steps skipped in a row because loss or gradient was not finite
-    kl_per_completion: Amount = 0.0  # largest KL to the reference, nats
-    min_completion_length: Amount = 0.0  # tokens, mean of a step
-    max_completion_length: Amount = 0.0  # tokens, mean of a step
-    perplexity: Amount = 0.0  # largest, of the completions under the policy
+    bad_steps: Count = 10  # consecutive steps skipped because loss or gradient was not finite
+    kl_per_completion: Amount = 0.0  # largest KL to the reference, nats per completion
+    min_completion_length: Amount = 0.0  # smallest mean completion length of a step, tokens
+    max_completion_length: Amount = 0.0  # largest mean completion length of a step, tokens
+    perplexity: Amount = 0.0  # largest perplexity of the completions under the policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    tensorboard: bool = False  # also write events for TensorBoard
+    tensorboard: bool = False  # also write TensorBoard event files
     wandb: bool = False  # also log to Weights & Biases
-    samples_per_step: Count = 0  # best, worst and random completions of a step written to samples.jsonl
-    peak_tflops: Amount = 0.0  # a chip's, for MFU; 0: from the table of known devices
+    samples_per_step: Count = 0  # completions per step written to samples.jsonl: the best, the worst, and random ones
+    peak_tflops: Amount = 0.0  # peak of one chip, for MFU; 0: from the table of known devices
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """What one stage of a recipe trains on and how. Fields stand at the top level of a config for the main stage."""
 
-    algo: Any = None  # the algorithm's own Config
-    steps: Count = 1  # rollouts, or draws of supervised rows
-    init_from: str = "previous"  # whose weights: base | previous | an earlier stage's name
-    reference_from: str = "start"  # start (of this stage) | base | an earlier stage's name
-    reference_reset_steps: Count = 0  # copy the policy into the reference every so many steps; 0: never
-    reference_ema: Decay = 0.0  # decay of a reference that follows the policy; 0: it stays
-    guide_from: str = ""  # another frozen policy that the algorithm scores with: a stage or a folder
-    teacher_from: str = ""  # a frozen policy to learn from: a stage or a folder
-    teacher_top_k: Positive = 64  # of its likeliest tokens at each position
-    reward_model_from: str = ""  # a frozen reward model, a stage or a folder; its score is the reward "model"
-    reward_model_weight: float = 1.0  # of that score in the reward
-    reward_model_threshold: float | None = None  # the score adds 1 above it and -.5 below, to a positive reward only
+    algo: Any = None  # the algorithm's own settings
+    steps: Count = 1  # rollouts, or draws of data rows
+    init_from: str = "previous"  # starting weights: base, previous, or an earlier stage's name
+    reference_from: str = "start"  # reference model: start (of this stage), base, or an earlier stage's name
+    reference_reset_steps: Count = 0  # copy the policy into the reference every this many steps; 0: never
+    reference_ema: Decay = 0.0  # decay of a reference that follows the policy as a moving average; 0: fixed
+    guide_from: str = ""  # another frozen policy that the algorithm uses (RTO's DPO policy): a stage or a folder
+    teacher_from: str = ""  # frozen teacher for distillation: a stage or a folder
+    teacher_top_k: Positive = 64  # number of the teacher's likeliest tokens used at each position
+    reward_model_from: str = ""  # frozen reward model, a stage or a folder; its score is logged as the reward "model"
+    reward_model_weight: float = 1.0  # weight of that score in the reward
+    reward_model_threshold: float | None = None  # to positive rewards, add 1 above it and -.5 below instead
     critic: CriticConfig = CriticConfig()
     text_mix: TextMixConfig = TextMixConfig()
-    clip_scope: Literal["tree", "joint"] = "tree"  # gradients clipped by each tree's norm, or by that of all together
-    offload_optimizer: bool = False  # its moments wait in the hosts' memory between updates; on accelerators
-    offload_reference: bool = False  # the reference waits in the hosts' memory between its passes; on accelerators
+    clip_scope: Literal["tree", "joint"] = "tree"  # clip each tree by its own norm, or all by the joint norm
+    offload_optimizer: bool = False  # keep optimizer moments in host memory between updates (accelerators only)
+    offload_reference: bool = False  # keep the reference in host memory between its passes (accelerators only)
     data: DataConfig = DataConfig()
     select: SelectConfig = SelectConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -288,6 +292,11 @@ class StageConfig:
         if algorithm.targets is None:
             return (self.batch.rows or self.rollout_rows) * algorithm.unit
         return self.rollout.prompts_per_step * (algorithm.rows_per_prompt or self.rollout.group_size)
+
+    @property
+    def passes(self) -> float:
+        """How often a token of a step is trained on: in every epoch, if its row is among those of the update."""
+        return self.batch.epochs * (self.rows_per_step / self.rollout_rows if self.is_online else 1.0)
 
     @property
     def optimizer_steps(self) -> int:
@@ -317,19 +326,21 @@ STAGE_FIELDS = tuple(f.name for f in dataclasses.fields(StageConfig))
 class Config(StageConfig):
     """A whole run."""
 
-    name: str = "run"  # of the run, and of its folder
-    output_dir: str = ""  # local or gs://; default: runs/<name>
-    seed: Count = 0  # of everything random but the order of data
+    name: str = "run"  # name of the run and of its folder
+    output_dir: str = ""  # run folder, local or gs://; default: runs/<name>
+    seed: Count = 0  # seed of everything random except the data order
     recipe: tuple[str, ...] = ("main",)  # stage names in order; "main" is the top level itself
-    stages: dict[str, StageConfig] = field(default_factory=dict)  # by name, what differs from the top level
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # what differs from the top level, by name
     mesh: str = "1,-1,1"  # devices along replica, fsdp, tensor; -1 takes what is left; or "fsdp:-1,tensor:4"
-    decode_mesh: str = ""  # the same devices cut otherwise for rollouts; default: the training mesh
-    distributed: str = ""  # host:port,count,index; empty: automatic on TPU and Slurm, else a single process
-    cpu_devices: Positive = 1  # simulated devices where there is no accelerator
-    device_memory_gib: Amount = 0.0  # of one device, for the plan; 0: what the device says
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # parameters stay float32, or are float64
-    compilation_cache: str = ""  # a folder; default: ~/.cache/rljax; "off"
-    profile_steps: tuple[Positive, ...] = ()  # first and last step of a trace
+    decode_mesh: str = ""  # another mesh over the same devices, for rollouts; default: the training mesh
+    distributed: str = ""  # host:port,count,index; default: automatic on TPU and Slurm, otherwise one process
+    cpu_devices: Positive = 1  # number of simulated devices where there is no accelerator
+    device_memory_gib: Amount = 0.0  # memory of one device, for the memory plan; 0: as reported by the device
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = (
+        "float32"  # parameters stay float32 (float64 with float64)
+    )
+    compilation_cache: str = ""  # folder of the persistent cache; default: ~/.cache/rljax; "off" disables it
+    profile_steps: tuple[Positive, ...] = ()  # first and last step of a profiler trace
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     eval: EvalConfig = EvalConfig()

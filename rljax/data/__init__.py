@@ -1,1 +1,1 @@
-"""Data sets, tokenizers and chat templates in; fixed-shape NumPy batches out. The position in the data is integers."""
+"""Datasets, tokenizers and chat templates in; fixed-shape NumPy batches out. The data position is a few integers."""

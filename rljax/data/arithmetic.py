@@ -1,4 +1,4 @@
-"""A reasoning task made on the spot: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
+"""A generated reasoning task: sums with worked steps, ``17+25-8=`` -> ``17+25=42;42-8=34;#34``."""
 
 import re
 from typing import Any
@@ -51,7 +51,7 @@ def make_rows(
         raise ValueError(f"arithmetic has no split {split!r}; it has {', '.join(SPLITS)}")
     if bounds is None and difficulty not in DIFFICULTIES:
         raise ValueError(f"arithmetic has no difficulty {difficulty}; it has {', '.join(map(str, DIFFICULTIES))}")
-    fewest, most, largest = bounds or DIFFICULTIES[difficulty]
+    fewest, most, largest = DIFFICULTIES[difficulty] if bounds is None else _checked(bounds)
     rng = np.random.default_rng(seed)
     rows: dict[str, dict[str, Any]] = {}
     misses = 0
@@ -73,6 +73,16 @@ def make_rows(
             solution = f"#{max(0, int(answer) + int(rng.integers(-2, 3)))}"
         rows[prompt] = {"prompt": prompt, "answer": answer, "solution": solution, "dataset": "arithmetic"}
     return list(rows.values())
+
+
+def _checked(bounds: Any) -> tuple[int, int, int]:
+    whole = isinstance(bounds, list | tuple) and all(isinstance(bound, int) for bound in bounds)
+    if not whole or len(bounds) != 3 or not 1 <= bounds[0] <= bounds[1] or bounds[2] < 1:
+        raise ValueError(
+            f"arithmetic's bounds are {bounds!r}; give the fewest operands, the most and the largest, such as 2,4,9"
+        )
+    fewest, most, largest = bounds
+    return fewest, most, largest
 
 
 def make_pairs(*, split: str, count: int = 1000, seed: int = 0, difficulty: int = 2) -> list[dict[str, Any]]:

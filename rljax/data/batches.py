@@ -99,6 +99,9 @@ class PromptSource:
         encoded = [
             np.asarray(encode_row(i, tokenizer.render, prompt_of(row, i)), np.int32) for i, row in enumerate(rows)
         ]
+        empty = next((number for number, ids in enumerate(encoded) if not len(ids)), None)
+        if empty is not None:  # in a batch, a row without a prompt is padding
+            raise DataError(f"the prompt of row {empty} has no token, and the tokenizer adds none; leave the row out")
         chosen, self.kept = within([len(ids) for ids in encoded], self.prompt_lengths[-1], too_long)
         self.rows = [rows[i] for i in chosen]
         self.prompt_ids = np.asarray(chosen, np.int32)
@@ -208,8 +211,13 @@ def encode_row(number: int, encode: Callable[..., Any], *parts: Any) -> Any:
 
 
 def as_arrays(encoded: tuple[list[int], list[bool]]) -> Encoded:
-    """Ids and mask as arrays: a data set of Python integers would take ten times the memory."""
-    return np.asarray(encoded[0], np.int32), np.asarray(encoded[1], bool)
+    """Ids and mask as arrays: a data set of Python integers would take ten times the memory.
+
+    The first token is never trained, whatever it is: nothing predicts it.
+    """
+    ids, mask = np.asarray(encoded[0], np.int32), np.asarray(encoded[1], bool)
+    mask[:1] = False
+    return ids, mask
 
 
 def prompt_of(row: Row, number: int) -> str | list[dict[str, Any]]:

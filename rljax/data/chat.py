@@ -1,4 +1,4 @@
-"""Chat templates and plain prompt templates: what stands before a completion, and which parts of a text are trained."""
+"""Chat templates and plain prompt templates: how a prompt is rendered, and which parts of a text are trained."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

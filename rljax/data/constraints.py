@@ -1,4 +1,4 @@
-"""An instruction task made on the spot: IFBench's constraints on counts, ``red fox, 3 to 5 words:``."""
+"""A generated instruction-following task: IFBench's constraints on counts, ``red fox, 3 to 5 words:``."""
 
 import string
 from typing import Any

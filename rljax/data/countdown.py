@@ -1,4 +1,4 @@
-"""A reasoning task made on the spot: reach a target with given numbers, ``3,25,7>54=`` -> ``25*3=75;...#...``."""
+"""A generated reasoning task: reach a target with given numbers, ``3,25,7>54=`` -> ``25*3=75;...#...``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How much of the evaluation stands in the training data: exact copies, shared 8-grams, and duplicates."""
+"""Overlap of evaluation and training data: exact copies, shared 8-grams, and duplicates."""
 
 import re
 from collections import Counter
@@ -34,9 +34,10 @@ def count_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, n: int = 8
     evaluation_texts = [_normalised(row, number) for number, row in enumerate(evaluation)]
     wholes: dict[str, int] = {}
     ngrams: dict[tuple[str, ...], int] = {}
+    asked = {gram for text in evaluation_texts for gram in _ngrams(text, n)}  # few: training texts may be millions
     for number, text in enumerate(train_texts):
         wholes.setdefault(text, number)
-        for gram in _ngrams(text, n):
+        for gram in asked.intersection(_ngrams(text, n)):
             ngrams.setdefault(gram, number)
     exact = shared = 0
     examples: list[tuple[int, int]] = []
@@ -59,11 +60,24 @@ def count_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, n: int = 8
     )
 
 
+def count_duplicates(rows: Sequence[Row]) -> int:
+    """Rows whose prompt stood before."""
+    return _duplicates([_normalised(row, number) for number, row in enumerate(rows)])
+
+
 def _normalised(row: Row, number: int) -> str:
-    """A prompt in lower case, without spaces and sentence marks around its words; signs stay, they change a problem."""
-    prompt = prompt_of(row, number)
+    """A prompt in lower case, without spaces and sentence marks around its words; signs stay, they change a problem.
+
+    Of a conversation to learn from it is what comes before the last answer, of plain text the whole.
+    """
+    prompt = row["prompt"] if row.get("prompt") is not None else _before_last_answer(row.get("messages") or [])
+    prompt = prompt or row.get("text") or prompt_of(row, number)
     text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
     return " ".join(re.findall(r"\w+|[^\w\s.,;:!?\"'()]", text.lower()))
+
+
+def _before_last_answer(messages: Sequence[Row]) -> Sequence[Row]:
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:

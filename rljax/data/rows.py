@@ -1,4 +1,4 @@
-"""Rows, one dict each, from local files and folders, gs://, the Hub, and tasks generated on the spot."""
+"""Rows, one dict each, from local files and folders, gs://, the Hub, and generated tasks."""
 
 import csv
 import gzip

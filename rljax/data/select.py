@@ -1,4 +1,4 @@
-"""``select(rollouts) -> rows``: what an earlier stage sampled, as text, pairs, rankings or prompts for a later one.
+"""``select(rollouts) -> rows``: samples of an earlier stage as text, pairs, rankings or prompts for a later one.
 
 A sample is a dict: ``row`` (the row it completes), ``completion``, ``ids``, ``reward``, ``correct`` (None where nobody
 judges), ``finished``, ``group``. A completion without its end token is never text to learn.

@@ -1,4 +1,4 @@
-"""Which split owns a row, decided by the row itself, so that splits are disjoint whatever else is configured."""
+"""Assignment of rows to splits by their content, so that splits are disjoint whatever else is configured."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Labelled prefixes as fixed-shape NumPy batches: outcomes of whole answers, and steps that are right or wrong."""
+"""Labelled prefixes as fixed-shape NumPy batches: outcomes of whole answers, and correctness of steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def _encode(row: Row, number: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np
     ids, mask = as_arrays(pair)
     if whole:
         return ids, mask, np.where(mask, float(given[0]), 0.0), mask
-    completion = np.flatnonzero(mask)
+    completion = np.flatnonzero(pair[1])
     labels, labelled = np.zeros(len(ids)), np.zeros(len(ids), bool)
     for end, label in zip(np.cumsum([len(step) for step in steps]), given, strict=True):
         at = completion[_token_of_end(tokenizer, ids[completion], int(end))]

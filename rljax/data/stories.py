@@ -1,4 +1,4 @@
-"""Prompts cut from TinyStories: an opening, and words of the real continuation that a completion has to use."""
+"""Prompts cut from TinyStories: an opening, and words that the completion has to use."""
 
 import re
 from collections import Counter
@@ -60,11 +60,7 @@ def make_rows(
         raise ValueError(f"stories have no split {split!r}; they have {', '.join(SPLITS)}")
     if words_from not in ("continuation", "opening", "hero"):
         raise ValueError(f"stories take words_from the continuation, the opening or the hero, not {words_from!r}")
-    stories: dict[str, None] = {}
-    for file in (epath.Path(name).expanduser() for name in path.split(",")):
-        if not file.exists():
-            raise ValueError(f"story file {file} does not exist; give the path of a TinyStories text")
-        stories |= dict.fromkeys(split_stories(file.read_text()))
+    stories = _read_stories(path)
     words_in = names_finder(stories) if words_from == "hero" else content_words
     occurrences = Counter(word for story in stories for word in words_in(story))
     known = {word for word, n in occurrences.items() if n >= min_occurrences}
@@ -80,8 +76,7 @@ def make_rows(
         if prompt in rows or len(prompt) > max_prompt_chars or len(candidates) < words:
             continue  # many stories open alike: a prompt is asked once
         if words_from == "continuation":
-            chosen = np.random.default_rng([seed, len(story), len(rows)]).choice(len(candidates), words, replace=False)
-            required = [candidates[i] for i in sorted(chosen)]
+            required = _some_of(candidates, words, [seed, len(story), len(rows)])
         else:
             required = sorted(candidates, key=lambda word: -told[word])[:words]  # the story's subject first
         if keep_space:
@@ -99,6 +94,22 @@ def make_rows(
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
     values = list(rows.values())
     return [values[i] for i in order]
+
+
+def _read_stories(path: str) -> list[str]:
+    """The different stories of one file or of several."""
+    stories: dict[str, None] = {}
+    for file in (epath.Path(name).expanduser() for name in path.split(",")):
+        if not file.exists():
+            raise ValueError(f"story file {file} does not exist; give the path of a TinyStories text")
+        stories |= dict.fromkeys(split_stories(file.read_text()))
+    return list(stories)
+
+
+def _some_of(candidates: list[str], count: int, seed: list[int]) -> list[str]:
+    """``count`` of them at random, in their order."""
+    chosen = np.random.default_rng(seed).choice(len(candidates), count, replace=False)
+    return [candidates[i] for i in sorted(chosen)]
 
 
 def sentence_ends(text: str) -> list[int]:

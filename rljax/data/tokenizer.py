@@ -1,4 +1,4 @@
-"""Text to token ids and back: end tokens, BOS exactly once, prompts and conversations with their training mask."""
+"""Text to token ids and back: end tokens, exactly one BOS, prompts and conversations with their training masks."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Decoder families. To add one: a module like llama.py, a line here, a parity test."""
+"""Model families. To add one: a module like llama.py, a line here, and a parity test."""
 
 from rljax.models import llama, mistral, qwen2, qwen3
 from rljax.models.decoder import Family

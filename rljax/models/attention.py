@@ -1,4 +1,4 @@
-"""The one door for attention, and the two ways to call it: whole rows, and a step against a cache."""
+"""Attention, and the two ways to call it: over whole rows, and for a decode step against a cache."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The decoder skeleton, once: embed, scan over stacked layers, norm, hidden states out. Families differ in a block."""
+"""The decoder that all families share: embed, scan over stacked layers, norm, hidden states out."""
 
 import dataclasses
 import math

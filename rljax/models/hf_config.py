@@ -1,4 +1,4 @@
-"""config.json to the fields every family shares, and back: old and transformers-5 layout in, the old layout out."""
+"""config.json to the fields that all families share, and back. Reads the old and the transformers-5 layout."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Parameters to a Hugging Face folder that transformers loads with the same logits."""
+"""Export of parameters to a Hugging Face folder that transformers loads with the same logits."""
 
 import json
 import math

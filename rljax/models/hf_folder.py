@@ -1,4 +1,4 @@
-"""Model folders: a local path, a bucket's or a name on the Hub, and the json files inside."""
+"""Model folders, local, in a bucket or on the Hub, and their JSON files."""
 
 import hashlib
 import json
@@ -20,8 +20,9 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 def local_folder(name: str | os.PathLike, patterns: Sequence[str] = CONFIG_FILES) -> Path:
     """The local folder of a model, with at least its files that match.
 
-    A local path is taken as it is. A bucket's files (``gs://...``) are copied once to the temporary folder (TMPDIR),
-    which must have room for them. Anything else is a name on the Hub, downloaded to its cache.
+    A local path is used as it is. A bucket's files (``gs://...``) are copied to the temporary folder (TMPDIR), which
+    must have room for them, and copied again only when they change. Anything else is a name on the Hub, downloaded to
+    its cache.
     """
     text = os.path.expanduser(name)
     if "://" in text:
@@ -39,16 +40,32 @@ def _copy_from_bucket(url: str, patterns: Sequence[str]) -> Path:
     target.mkdir(exist_ok=True)
     try:
         files = [file for file in source.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
+        _drop_stale(target, {file.name for file in files}, patterns)
         for file in files:
-            if not (target / file.name).exists() or (target / file.name).stat().st_size != file.stat().length:
-                partial = target / f".{file.name}.{os.getpid()}"  # several processes of one host may copy at once
-                file.copy(partial, overwrite=True)
-                os.replace(partial, target / file.name)
+            _copy_if_changed(file, target / file.name)
     except (OSError, ImportError) as error:
         raise ModelFolderError(f"model folder {url} cannot be read: {error}") from error
     if not files:
         raise ModelFolderError(f"model folder {url} has no file like {' or '.join(patterns)}")
     return target
+
+
+def _copy_if_changed(file: epath.Path, copy: Path) -> None:
+    """A copy has the length and the time of what it was made from: weights trained further have the old length."""
+    stat = file.stat()
+    is_same = copy.exists() and (copy.stat().st_size, int(copy.stat().st_mtime)) == (stat.length, int(stat.mtime))
+    if not is_same:
+        partial = copy.with_name(f".{copy.name}.{os.getpid()}")  # several processes of one host may copy at once
+        file.copy(partial, overwrite=True)
+        os.utime(partial, (stat.mtime, stat.mtime))
+        os.replace(partial, copy)
+
+
+def _drop_stale(folder: Path, names: set[str], patterns: Sequence[str]) -> None:
+    """Copies of files that the bucket has no more: an old index would lead to old weights."""
+    for file in folder.iterdir():
+        if file.name not in names and any(fnmatch(file.name, pattern) for pattern in patterns):
+            file.unlink(missing_ok=True)
 
 
 def _download(name: str, patterns: Sequence[str]) -> Path:

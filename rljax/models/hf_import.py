@@ -1,4 +1,4 @@
-"""Hugging Face folders to parameters: one tensor at a time, each process reading only the slices that it holds."""
+"""Import of Hugging Face folders: one tensor at a time, each process reading only the slices it holds."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How a leaf of the parameter tree lies in safetensors files: names, shapes, axis order, both ways."""
+"""The layout of parameters in safetensors files: names, shapes and axis order, both ways."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Attention kernels for whole rows, behind the door: splash attention on TPUs, cuDNN's on NVIDIA GPUs."""
+"""Attention kernels for whole rows: splash attention on TPUs, cuDNN's on NVIDIA GPUs."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What blocks are made of: the one door for matrix products, norms, rotary positions, the gated feed-forward."""
+"""Building blocks of a layer: matrix products, norms, rotary positions, the gated feed-forward."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Mistral 7B and models of its shape: Llama whose attention looks a fixed window back (2310.06825)."""
+"""Mistral 7B and models of its shape: Llama with sliding-window attention (2310.06825)."""
 
 from rljax.models.decoder import DecoderConfig
 from rljax.models.hf_config import ModelFolderError, decoder_fields, hf_fields, refuse

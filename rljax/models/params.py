@@ -1,4 +1,4 @@
-"""Parameters as declared: shapes, shardings, counts, and random weights born where they live."""
+"""Declared parameters: shapes, shardings, counts, and random initialisation in place."""
 
 import dataclasses
 import math

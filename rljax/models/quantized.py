@@ -1,4 +1,4 @@
-"""int8 leaves of a rollout: weights with a scale an output channel, rows of a cache with a scale a head."""
+"""int8 for rollouts: weights with one scale per output channel, cache rows with one scale per head."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with a norm on each query and key head, and a head width of its own (2505.09388)."""
+"""Qwen3, dense: Llama with a norm on each query and key head, and its own head width (2505.09388)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Attention of a step over two segments: prompts, which slots may share, and each slot's own columns of a ring."""
+"""Decode-step attention over two segments: shared prompts, and each slot's own columns of a ring."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What a reward is: one finished text in, one number out. Host Python, no arrays."""
+"""The reward interface: one finished text in, one number out. Host Python, no arrays."""
 
 import functools
 import inspect

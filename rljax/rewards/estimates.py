@@ -1,4 +1,4 @@
-"""What to say of m scored samples a problem: pass@k, maj@k, rerank@k, best-of-n, and intervals over problems."""
+"""Statistics of scored samples: pass@k, maj@k, rerank@k, best-of-n, win rates, and bootstrap intervals."""
 
 import math
 from collections.abc import Sequence
@@ -61,6 +61,18 @@ def best_of_n(scores: ArrayLike, n: int, values: ArrayLike | None = None) -> flo
     chance = [(math.comb(up_to[j + 1], n) - math.comb(up_to[j], n)) / math.comb(m, n) for j in range(len(levels))]
     means = np.bincount(level_of, weights=values) / sizes
     return float(np.dot(chance, means))
+
+
+def win_rates(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
+    """Chance that a sample of ours beats one of theirs, by problem: over all pairs of samples, a tie is half a win.
+
+    Both are scores [problems, samples] of the same problems; the numbers of samples may differ. Raises ValueError if
+    the numbers of problems do.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.ndim != 2 or theirs.ndim != 2 or len(ours) != len(theirs):
+        raise ValueError(f"a win rate needs [problems, samples] of the same problems; got {ours.shape}, {theirs.shape}")
+    return (np.sign(ours[:, :, None] - theirs[:, None, :]).mean(axis=(1, 2)) + 1) / 2
 
 
 class Interval(NamedTuple):

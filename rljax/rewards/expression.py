@@ -1,4 +1,4 @@
-"""The value of a small LaTeX expression: exact fractions where it can, floats where it must, never ``eval``."""
+"""Evaluates small LaTeX expressions: exact fractions where possible, floats where not, never ``eval``."""
 
 import math
 import re

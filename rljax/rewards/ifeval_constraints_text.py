@@ -1,4 +1,4 @@
-"""How the instruction checkers cut a text into words, tokens and sentences, and tell its language.
+"""Text processing for the instruction checkers: words, tokens, sentences, and language detection.
 
 The published IFEval checker uses NLTK's Punkt and Treebank tokenizers here. These are short rules of our own, for
 English, without data to download. On the 540 published GPT-4 responses they give the same number of sentences in 519

@@ -1,4 +1,4 @@
-"""When are two answers in LaTeX the same: a normal form for strings, then equality part by part and by value."""
+"""Equality of answers in LaTeX: a normal form for strings, then comparison part by part and by value."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""Workers with a deadline: threads that are abandoned, or processes that are killed, when a call does not come back."""
+"""Workers with a deadline: threads that are abandoned, or processes that are killed, when a call hangs."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""From a name to a reward: in a registry, or any ``package.module:function``."""
+"""Finds rewards by name: in a registry, or as ``package.module:function``."""
 
 import difflib
 import functools

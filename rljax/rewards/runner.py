@@ -1,4 +1,4 @@
-"""Scores texts with several named rewards on host threads or processes; nothing that a reward does stops the run."""
+"""Scores texts with several named rewards on threads or processes. No reward can stop the run."""
 
 import math
 import threading

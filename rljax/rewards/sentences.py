@@ -1,4 +1,4 @@
-"""Rewards for the sentences of a completion, from a file that a teacher wrote (ARES, arXiv 2407.00087)."""
+"""Rewards for the sentences of a completion, from a teacher's file (ARES, arXiv 2407.00087)."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Reasoning and answer tags: rewards for writing them, and the text without them."""
+"""Rewards for reasoning and answer tags, and the text without them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""One reward for mixed data: each row names the verifiers that judge it."""
+"""One reward for mixed data: each row names its own verifiers."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The child process of a reward runner: reads calls from its standard input, writes scores to its standard output.
+"""The child process of a reward runner: reads calls from standard input, writes scores to standard output.
 
 Started as ``python -m rljax.rewards.worker`` and not by multiprocessing, which would import the training program again
 in every child.

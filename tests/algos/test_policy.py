@@ -265,6 +265,9 @@ def test_the_sixteen_normalisers_against_numpy(mean: str, std: str) -> None:
         ({"sapo_tau": (1.0,)}, "two numbers each"),
         ({"advantage_mean": "by_length", "advantage_std": "batch"}, "divides by nothing"),
         ({"advantage_mean": "by_length", "group_size": 1}, "group_size to 2 or more"),
+        ({"dual_clip": 3.0, "surrogate": "cispo"}, "surrogate 'cispo' has none"),
+        ({"dual_clip": 0.2}, "dual_clip is 0.2; it bounds the ratio and must be above 1"),
+        ({"overlong_buffer": 10_000}, "overlong_buffer is 10000; give tokens within the budget"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:

@@ -42,7 +42,7 @@ def test_bradley_terry_by_hand() -> None:
     np.testing.assert_allclose(terms["margin"], (2 - 1) / 2)
     np.testing.assert_allclose(terms["accuracy"], 1 / 2)
     np.testing.assert_allclose(terms["confidence"], (1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-1))) / 2, rtol=1e-6)
-    np.testing.assert_allclose(terms["reward"], (3 + 1 + 0 + 1 + 9) / 5)
+    np.testing.assert_allclose(terms["score"], (3 + 1 + 0 + 1 + 9) / 5)
 
 
 def test_margin_and_centering_by_hand() -> None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rljax.config import ConfigError, make_config, parse
 from rljax.config.build import as_dict
+from rljax.metrics import undocumented
 from rljax.models import FAMILIES
 from rljax.run import finish, open_training
 from rljax.session import open_session
@@ -488,3 +489,5 @@ def test_a_recipe_trains_when_shrunk(name: str, tmp_path: Path) -> None:
     losses = [record["train/loss"] for record in records if "train/loss" in record]
     assert losses and np.isfinite(losses).all() and not any(record["train/skipped"] for record in records)
     assert session.train.data_shards == 2
+    for record in lines(tmp_path / "run"):
+        assert undocumented(record.keys() - {"step", "phase"}) == []

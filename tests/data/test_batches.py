@@ -1,5 +1,7 @@
 """Shapes, order, position, masks: what a run reads from its data."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,25 @@ def test_prompts_are_left_padded_to_the_smallest_length_that_fits(digits):
     np.testing.assert_array_equal(batch.tokens, [[0, 1, one, one], [1, one, one, one]])
     np.testing.assert_array_equal(batch.valid, [[False, True, True, True], [True] * 4])
     assert source.take(position, 1)[1].tokens.shape == (1, 8)
+
+
+def test_the_first_token_is_not_trained_where_no_bos_stands_before_it(digits):
+    """Nothing predicts it, so it must not count among the tokens of the loss. Here: 1 2 3 <eos>."""
+    plain = dataclasses.replace(digits, add_bos=False)
+    source = SupervisedSource([{"text": "123"}], plain, 6, seed=0)
+    batch = source.take(DataPosition(), 1)[1]
+    np.testing.assert_array_equal(batch.valid, [[True] * 4 + [False] * 2])
+    np.testing.assert_array_equal(batch.loss_mask, [[False, True, True, True, False, False]])
+    with_bos = SupervisedSource([{"text": "123"}], digits, 6, seed=0).take(DataPosition(), 1)[1]
+    np.testing.assert_array_equal(with_bos.loss_mask, [[False, True, True, True, True, False]])
+
+
+def test_a_prompt_without_a_token_is_refused(digits):
+    """It would be taken for padding, and nobody would complete it."""
+    rows = [{"prompt": "1"}, {"prompt": ""}]
+    assert len(PromptSource(rows, digits, (4,), seed=0)) == 2  # BOS
+    with pytest.raises(DataError, match=r"the prompt of row 1 has no token"):
+        PromptSource(rows, dataclasses.replace(digits, add_bos=False), (4,), seed=0)
 
 
 def test_masks_do_not_come_from_ids(data_dir):

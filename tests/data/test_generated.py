@@ -71,6 +71,9 @@ def test_alphabet_spells_every_row(task):
 def test_too_many_problems_and_wrong_names_are_said():
     with pytest.raises(ValueError, match=r"found only \d+ different problems of 5000 in split 'test'"):
         arithmetic.make_rows(split="test", count=5000, bounds=(2, 2, 9))
+    for bounds in (3, (2, 4), (4, 2, 9), (0, 2, 9), (2, 4, 0), ("2", 4, 9)):
+        with pytest.raises(ValueError, match="give the fewest operands, the most and the largest"):
+            arithmetic.make_rows(split="train", bounds=bounds)
     with pytest.raises(ValueError, match="no difficulty 9; it has 1, 2, 3, 4"):
         arithmetic.make_rows(split="train", difficulty=9)
     with pytest.raises(ValueError, match="no split 'val'; it has train, dev, test"):

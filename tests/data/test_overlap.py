@@ -3,7 +3,7 @@
 import pytest
 
 from rljax.data import arithmetic
-from rljax.data.overlap import count_overlap
+from rljax.data.overlap import count_duplicates, count_overlap
 from rljax.data.rows import load_rows
 
 pytestmark = pytest.mark.fast
@@ -37,6 +37,16 @@ def test_signs_change_a_problem():
 def test_messages_are_compared_by_their_content():
     train = [{"messages": [{"role": "user", "content": "Name a bird."}]}]
     assert count_overlap(train, rows("name a bird")).exact == 1
+
+
+def test_what_is_learnt_from_is_compared_by_its_question():
+    """Conversations that end with an answer, and plain text: supervised rows beside an evaluation."""
+    turns = [{"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "Wren."}]
+    other = [turns[0], {"role": "assistant", "content": "Crow."}]
+    train = [{"messages": turns}, {"messages": other}, {"text": "Name a fish."}]
+    overlap = count_overlap(train, rows("name a bird", "name a fish"))
+    assert (overlap.exact, overlap.train_duplicates) == (2, 1)
+    assert count_duplicates(train) == 1
 
 
 def test_generated_splits_do_not_overlap():

@@ -201,6 +201,27 @@ def test_a_bucket_is_copied_once(
     assert (copy / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_bucket_whose_model_was_trained_further_is_copied_again(
+    folder: Path, saved: tuple[Path, Model, Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights have the length of the old ones; an index of the old ones must not outlive them."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bucket = epath.Path(folder)
+    monkeypatch.setattr("rljax.models.hf_folder.epath.Path", lambda url: bucket)
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = dict.fromkeys(load_file(weights), "model.safetensors")
+    index.write_text(json.dumps({"weight_map": names}))
+    load_params("gs://bucket/model", saved[1], layout())
+    norm = np.full_like(load_file(weights)["model.norm.weight"], 3.0)
+    change_tensors(folder, model__norm__weight=norm)
+    os.utime(weights, (2e9, 2e9))
+    index.unlink()
+    loaded = load_params("gs://bucket/model", saved[1], layout())
+    np.testing.assert_array_equal(loaded["final_norm"], norm)
+    (copy,) = tmp_path.glob("rljax-model-*")
+    assert sorted(os.listdir(copy)) == sorted(os.listdir(folder))
+
+
 def test_host_memory_stays_within_two_tensors(tmp_path: Path) -> None:
     """Twelve layers of 16 MiB tensors, in a process of its own, whose peak is the kernel's; 1 MiB is Python's own."""
     result = subprocess.run(

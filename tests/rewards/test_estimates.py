@@ -6,7 +6,15 @@ import statistics
 import numpy as np
 import pytest
 
-from rljax.rewards.estimates import best_of_n, bootstrap_interval, maj_at_k, paired_difference, pass_at_k, rerank_at_k
+from rljax.rewards.estimates import (
+    best_of_n,
+    bootstrap_interval,
+    maj_at_k,
+    paired_difference,
+    pass_at_k,
+    rerank_at_k,
+    win_rates,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -106,6 +114,14 @@ def test_paired_difference_sees_what_two_intervals_do_not():
     assert paired_difference(before, before) == (0.0, 0.0, 0.0)
 
 
+def test_win_rates_by_hand():
+    """1 and 3 against 2: one win in two. 1 against 0, 1, 2 and 1: a win, two ties and a loss."""
+    np.testing.assert_allclose(win_rates([[1, 3]], [[2]]), [0.5])
+    np.testing.assert_allclose(win_rates([[1], [5]], [[0, 1, 2, 1], [0, 0, 0, 9]]), [0.5, 0.75])
+    ours, theirs = np.random.default_rng(5).integers(0, 4, (2, 6, 3))
+    np.testing.assert_allclose(win_rates(ours, theirs) + win_rates(theirs, ours), 1)
+
+
 def test_mistakes_are_one_sentence():
     with pytest.raises(ValueError, match="got n=4, c=5, k=1"):
         pass_at_k(4, 5, 1)
@@ -117,5 +133,7 @@ def test_mistakes_are_one_sentence():
         best_of_n([1.0], 2)
     with pytest.raises(ValueError, match="finite values"):
         bootstrap_interval([1.0, float("nan")])
+    with pytest.raises(ValueError, match="win rate needs"):
+        win_rates([[1.0]], [[1.0], [2.0]])
     with pytest.raises(ValueError, match="same problems twice"):
         paired_difference([1.0], [1.0, 2.0])

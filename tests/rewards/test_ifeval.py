@@ -15,7 +15,6 @@ from rljax.rewards.ifeval import (
     loose_variants,
 )
 from rljax.rewards.ifeval_constraints import IFEVAL
-from rljax.rewards.ifeval_constraints_rows import make_constraint_rows
 from rljax.rewards.ifeval_constraints_text import language, sentences, tokens, words
 
 # The one stored verdict that contradicts itself: strict True, loose False, though loose tries the response as it stands
@@ -258,34 +257,3 @@ def test_errors_say_what_is_wrong():
 def test_counts_stored_as_floats_are_counts():
     arguments = {"num_words": 2.0, "relation": "less than", "num_sentences": None}
     assert check_instructions("", "one", ["length_constraints:number_words"], [arguments]) == [True]
-
-
-def test_generated_rows_are_fixed_by_the_seed_distinct_and_solvable():
-    rows = make_constraint_rows(3, 5000)
-    assert rows == make_constraint_rows(3, 5000) != make_constraint_rows(4, 5000)
-    assert len({row["prompt"] for row in rows}) == 5000
-    for row in rows:
-        assert score(row["response"], row=row)[:2] == (1.0, True)
-        assert score(row["prompt"], row=row).parts["keywords:existence"] == 1.0
-        first, second = row["kwargs"][0]["keywords"]
-        assert first not in second and second not in first  # or one word would count as both
-    assert {row["kwargs"][1]["num_words"] for row in rows} == set(range(3, 12))
-
-
-@pytest.mark.parametrize("num_keywords", [1, 2])
-def test_generated_splits_share_no_set_of_keywords(num_keywords):
-    def keyword_sets(split, n):
-        return {
-            frozenset(row["kwargs"][0]["keywords"])
-            for row in make_constraint_rows(0, n, split=split, num_keywords=num_keywords)
-        }
-
-    train, test = keyword_sets("train", 500), keyword_sets("test", 100)
-    assert train and test and not train & test
-
-
-def test_generator_says_how_many_rows_there_are():
-    with pytest.raises(ValueError, match="153 test rows of 1 keywords"):
-        make_constraint_rows(0, 154, split="test", num_keywords=1)
-    with pytest.raises(ValueError, match="'train' or 'test'"):
-        make_constraint_rows(0, 1, split="dev")

@@ -1,5 +1,7 @@
 """From the names in a config to data sources, rewards and evaluators."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from rljax.data.preferences import (
     read_comparison_prompt,
     rows_of_split,
 )
-from rljax.data.rows import GENERATED, Row, load_rows
+from rljax.data.rows import GENERATED, DataError, Row, load_rows
 from rljax.data.select import labelled, split_by_gap
 from rljax.data.steps import StepSource
 from rljax.evaluate import Evaluator
@@ -98,8 +100,24 @@ def make_source(session: Session, stage: StageConfig, rows: list[Row] | None = N
 
     ``rows`` stand for those of ``data.train``.
     """
-    rows = stage_rows(stage) if rows is None else rows
-    return prompt_source(session, stage.data, rows) if stage.is_online else _offline_source(session, stage, rows)
+    with _rows_of(stage.data.train):
+        rows = stage_rows(stage) if rows is None else rows
+        return prompt_source(session, stage.data, rows) if stage.is_online else _offline_source(session, stage, rows)
+
+
+@contextmanager
+def _rows_of(source: str) -> Iterator[None]:
+    """A refused row is said with where it comes from."""
+    try:
+        yield
+    except DataError as error:
+        if source in str(error):
+            raise
+        raise DataError(f"{error} (rows of {source}, counted from 0)") from error
+
+
+def _source_of(data: DataConfig, split: str) -> str:
+    return (data.test if split == "test" else data.dev) or data.train
 
 
 def stage_rows(stage: StageConfig) -> list[Row]:
@@ -154,7 +172,11 @@ def make_comparisons(session: Session) -> dict[str, Any]:
         return {}
     found = {split: split_rows(config.data, split) for split in ("dev", "test")}
     kept = {split: rows for split, rows in found.items() if rows and is_comparison(rows[0])}
-    return {split: _offline_source(session, config, rows, shuffle=False) for split, rows in kept.items()}
+    sources = {}
+    for split, rows in kept.items():
+        with _rows_of(_source_of(config.data, split)):
+            sources[split] = _offline_source(session, config, rows, shuffle=False)
+    return sources
 
 
 def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | None:
@@ -163,8 +185,9 @@ def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | No
     if not mix.coef:
         return None
     data = replace(stage.data, train=mix.train, train_rows=mix.train_rows, columns=mix.columns, options=mix.options)
-    rows = _load(data, mix.train, "train", mix.train_rows)
-    return SupervisedSource(rows, session.tokenizer, mix.row_length, stage.data.seed)
+    with _rows_of(mix.train):
+        rows = _load(data, mix.train, "train", mix.train_rows)
+        return SupervisedSource(rows, session.tokenizer, mix.row_length, stage.data.seed)
 
 
 def make_runner(config: Config) -> RewardRunner | None:
@@ -186,11 +209,13 @@ def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, 
         return {}
     data = session.config.data
     found = {split: split_rows(data, split) for split in ("dev", "test")}
-    return {
-        split: Evaluator(session, prompt_source(session, data, rows, shuffle=False), runner, split)
-        for split, rows in found.items()
-        if rows
-    }
+    evaluators = {}
+    for split, rows in found.items():
+        if rows:
+            with _rows_of(_source_of(data, split)):
+                source = prompt_source(session, data, rows, shuffle=False)
+            evaluators[split] = Evaluator(session, source, runner, split)
+    return evaluators
 
 
 def make_writer(session: Session, folder: epath.Path, total_steps: int) -> MetricsWriter:

@@ -119,6 +119,29 @@ def test_a_data_file_that_cannot_be_used_is_named_with_the_place(refused, tmp_pa
     assert sentence in said
 
 
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "1+1=", "chosen": "#2"}, "row 1 has no 'rejected'; it has prompt, chosen"),
+        ({"prompt": "1+1=", "chosen": "#2", "rejected": "#2"}, "chosen and rejected of row 1 are equal"),
+        ({"prompt": "1+1=", "chosen": 2, "rejected": 3}, "an answer of row 1 is 2; it is a text"),
+        ({"prompt": "1+1=", "completions": ["#2"], "scores": [1]}, "row 1 has 1 answers to rank; give two or more"),
+        ({"prompt": "1+1=", "completion": "#2", "label": 1}, "row 1 has one answer and a label"),
+    ],
+)
+def test_a_comparison_that_cannot_be_used_is_named_with_its_file(refused, tmp_path, row, sentence):
+    """In the training file, and in the one held out."""
+    whole = {"prompt": "1+1=", "chosen": "#2", "rejected": "#3"}
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(f"{json.dumps(whole)}\n" * 8)
+    bad.write_text(f"{json.dumps(whole)}\n{json.dumps(row)}\n")
+    algo = ["--config.algo.name=dpo", "--config.algo.beta=0.1", "--config.batch.rows=8", "--config.data.options={}"]
+    shared = [*algo, "--config.data.dev=", "--config.data.dev_rows=0", "--config.data.test_rows=0"]
+    for train, test in ((bad, ""), (good, bad)):
+        said = refused(*shared, f"--config.data.train={train}", f"--config.data.test={test}")
+        assert sentence in said and f"(rows of {bad}, counted from 0)" in said
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
     """A whole Hugging Face folder of a tiny model."""

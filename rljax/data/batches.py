@@ -222,21 +222,37 @@ def as_arrays(encoded: tuple[list[int], list[bool]]) -> Encoded:
 
 def prompt_of(row: Row, number: int) -> str | list[dict[str, Any]]:
     """A row's prompt. Raises DataError that names the row when there is none, or when it holds the answer already."""
-    prompt = row["prompt"] if row.get("prompt") is not None else row.get("messages")
-    if prompt is None:
+    name = "prompt" if row.get("prompt") is not None else "messages"
+    if row.get(name) is None:
         raise DataError(f"row {number} has neither 'prompt' nor 'messages'; it has {', '.join(row)}; set the columns")
+    prompt = check_text(row[name], name, number)
     if not isinstance(prompt, str) and (not len(prompt) or prompt[-1]["role"] == "assistant"):
         raise DataError(f"the prompt of row {number} has to end with a turn that the assistant answers")
     return prompt
 
 
+def check_text(value: Any, name: str, number: int) -> Any:
+    """A row's value as it is: a text, or messages. Raises DataError that names the row and what it is."""
+    turns = value if isinstance(value, list | tuple) else [None]
+    if not isinstance(value, str) and not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        shown = repr(value) if len(repr(value)) < 50 else f"{repr(value)[:47]}..."
+        raise DataError(
+            f"{name} of row {number} is {shown}; it is a text, or a list of messages, each with 'role' and 'content'"
+        )
+    return value
+
+
 def _supervised(row: Row, number: int, tokenizer: Tokenizer, completion_column: str) -> Encoded:
+    def given(name: str) -> Any:
+        return check_text(row[name], name, number)
+
     if row.get("prompt") is not None and row.get(completion_column) is not None:
-        return as_arrays(encode_row(number, tokenizer.render_with_completion, row["prompt"], row[completion_column]))
+        sides = given("prompt"), given(completion_column)
+        return as_arrays(encode_row(number, tokenizer.render_with_completion, *sides))
     if row.get("messages") is not None:
-        return as_arrays(encode_row(number, tokenizer.render_conversation, row["messages"]))
+        return as_arrays(encode_row(number, tokenizer.render_conversation, given("messages")))
     if row.get("text") is not None:
-        return as_arrays(encode_row(number, tokenizer.render_with_completion, "", row["text"]))
+        return as_arrays(encode_row(number, tokenizer.render_with_completion, "", given("text")))
     raise DataError(
         f"row {number} has neither 'prompt' with {completion_column!r}, nor 'messages', nor 'text'; "
         f"it has {', '.join(row)}; set the columns"

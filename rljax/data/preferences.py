@@ -1,5 +1,6 @@
 """Preference rows as fixed-shape NumPy batches: pairs, rankings of K answers, and single answers with a label."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rljax.data.batches import DataPosition, Encoded, Kept, as_arrays, draw, encode_row, pad
+from rljax.data.batches import DataPosition, Encoded, Kept, as_arrays, check_text, draw, encode_row, pad
 from rljax.data.rows import DataError, Row
 from rljax.data.splits import split_of
 from rljax.data.tokenizer import Messages, Tokenizer
@@ -167,6 +168,8 @@ def _comparisons(row: Row, number: int, kind: Kind, unit: int, seed: int) -> lis
     if kind == "ranked":
         if count > unit:
             raise DataError(f"row {number} has {count} answers, more than algo.answers {unit}; raise that")
+        if len(set(whole.scores)) == 1:
+            raise DataError(f"all answers of row {number} score {whole.scores[0]:g}, so it prefers none; leave it out")
         return [whole]
     if count == 1:
         return [whole]
@@ -219,7 +222,7 @@ def rows_of_split(rows: Sequence[Row], split: str, *, seed: int = 0) -> list[Row
 def read_comparison(row: Row, number: int) -> Comparison:
     """Any kind of preference row in one form. Raises DataError that names the row."""
     if "completions" in row or "scores" in row:
-        completions, scores = list(_side(row, "completions", number)), list(_side(row, "scores", number))
+        completions, scores = _list(row, "completions", number), _list(row, "scores", number)
         if len(completions) < 2:
             raise DataError(f"row {number} has {len(completions)} answers to rank; give two or more, or a label")
         if len(completions) != len(scores):
@@ -229,16 +232,22 @@ def read_comparison(row: Row, number: int) -> Comparison:
     else:
         completions = [_side(row, side, number) for side in ("chosen", "rejected")]
         scores = [row.get("chosen_score", 1.0), row.get("rejected_score", 0.0)]
-    parts = [_split_side(side, row.get("prompt"), number) for side in completions]
+    prompt = row.get("prompt")
+    if prompt is not None:
+        check_text(prompt, "prompt", number)
+    parts = [_split_side(side, prompt, number) for side in completions]
     if any(prompt != parts[0][0] for prompt, _ in parts):
         raise DataError(f"the answers of row {number} continue different prompts; give it a 'prompt' or leave it out")
     texts = [text for _, text in parts]
     if "chosen" in row and texts[0] == texts[1]:
         raise DataError(f"chosen and rejected of row {number} are equal, so it prefers nothing; leave it out")
     try:
-        return Comparison(parts[0][0], texts, [float(score) for score in scores])
+        numbers = [float(score) for score in scores]
     except (TypeError, ValueError):
-        raise DataError(f"row {number} has a score or label that is no number: {scores}") from None
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise DataError(f"row {number} has a score or label that is no number: {scores}")
+    return Comparison(parts[0][0], texts, numbers)
 
 
 def read_comparison_prompt(row: Row, number: int) -> Text:
@@ -257,8 +266,16 @@ def _side(row: Row, name: str, number: int) -> Any:
     return row[name]
 
 
+def _list(row: Row, name: str, number: int) -> list[Any]:
+    value = _side(row, name, number)
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{name!r} of row {number} is {value!r}; it is a list, one entry an answer")
+    return list(value)
+
+
 def _split_side(side: Text, prompt: Text | None, number: int) -> tuple[Text, str]:
     """A side as (prompt, completion)."""
+    check_text(side, "an answer", number)
     if isinstance(side, str):
         if prompt is not None:
             return prompt, side

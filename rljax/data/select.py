@@ -166,7 +166,7 @@ def _ranking(samples: list[Row]) -> list[Row]:
             "scores": [sample["reward"] for sample in group],
         }
         for group in groups(samples).values()
-        if len(group) > 1
+        if len({sample["reward"] for sample in group}) > 1  # equal rewards rank nothing
     ]
 
 

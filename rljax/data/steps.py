@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from rljax.data.batches import DataPosition, as_arrays, draw, encode_row, pad, within
+from rljax.data.batches import DataPosition, as_arrays, check_text, draw, encode_row, pad, within
 from rljax.data.rows import DataError, Row
 from rljax.data.tokenizer import Tokenizer
 
@@ -65,8 +65,11 @@ def _encode(row: Row, number: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np
         raise DataError(
             f"row {number} needs 'completion' and 'label', or 'steps' and 'labels'; it has {', '.join(row)}"
         )
-    steps = [row["completion"]] if whole else list(row["steps"])
-    given = [row["label"]] if whole else list(row["labels"])
+    check_text(row["prompt"], "prompt", number)
+    steps = [row["completion"]] if whole else row["steps"]
+    given = [row["label"]] if whole else row["labels"]
+    if not isinstance(steps, list) or not isinstance(given, list) or not all(isinstance(step, str) for step in steps):
+        raise DataError(f"row {number} has {steps!r} with {given!r}; steps are a list of texts, labels one of numbers")
     if len(steps) != len(given) or not all(steps):
         raise DataError(f"row {number} has {len(steps)} steps and {len(given)} labels; each step has text and a label")
     if not all(isinstance(label, int | float) and 0 <= label <= 1 for label in given):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rljax.losses.masked import at_least_float32, masked_mean, masked_sum, masked_var, whiten, zero_masked
 from rljax.losses.returns import reward_to_go
+from rljax.losses.shapes import check_shapes
 
 PerRow = Float[Array, " b"]
 GroupId = Int[Array, " b"]
@@ -26,18 +27,21 @@ def group_ids(batch_size: int, group_size: int) -> GroupId:
     return jnp.arange(batch_size) // group_size
 
 
+@check_shapes
 def group_sum(x: PerRow, group_id: GroupId) -> PerRow:
     """Sum over each row's group, repeated for each of its rows."""
     index = _group_index(group_id)
     return jax.ops.segment_sum(x, index, x.shape[0])[index]
 
 
+@check_shapes
 def group_max(x: PerRow, group_id: GroupId) -> PerRow:
     """Maximum over each row's group, repeated for each of its rows."""
     index = _group_index(group_id)
     return jax.ops.segment_max(x, index, x.shape[0])[index]
 
 
+@check_shapes
 def group_mean(rewards: PerRow, group_id: GroupId) -> PerRow:
     """Mean of each row's group; of equal rewards it is exactly that reward."""
     rewards = at_least_float32(rewards)
@@ -45,6 +49,7 @@ def group_mean(rewards: PerRow, group_id: GroupId) -> PerRow:
     return top + group_sum(rewards - top, group_id) / group_sum(jnp.ones_like(rewards), group_id)
 
 
+@check_shapes
 def group_std(rewards: PerRow, group_id: GroupId) -> PerRow:
     """Unbiased standard deviation of each row's group; a group of one gives 0."""
     rewards = at_least_float32(rewards)
@@ -52,6 +57,7 @@ def group_std(rewards: PerRow, group_id: GroupId) -> PerRow:
     return jnp.sqrt(squares / jnp.maximum(group_sum(jnp.ones_like(rewards), group_id) - 1, 1))
 
 
+@check_shapes
 def mixed_groups(scores: Shaped[Array, " b"], group_id: GroupId) -> RowMask:
     """True for rows whose group is not all equal: what DAPO's dynamic sampling keeps (2503.14476).
 
@@ -79,6 +85,7 @@ def empty_moments() -> RunningMoments:
     return RunningMoments(*(jnp.zeros(()) for _ in range(3)))
 
 
+@check_shapes
 def moments_of(x: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> RunningMoments:
     """Moments of the kept entries."""
     x = at_least_float32(x)
@@ -88,6 +95,7 @@ def moments_of(x: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> RunningMoments
     )
 
 
+@check_shapes
 def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
     """Moments of both samples together (Chan, Golub and LeVeque 1979); any split gives the same."""
     count = a.count + b.count
@@ -96,16 +104,19 @@ def merge_moments(a: RunningMoments, b: RunningMoments) -> RunningMoments:
     return RunningMoments(count, a.mean + delta * share, a.m2 + b.m2 + jnp.square(delta) * a.count * share)
 
 
+@check_shapes
 def running_std(moments: RunningMoments) -> Float[Array, ""]:
     """Unbiased; 0 before the second value."""
     return jnp.sqrt(moments.m2 / jnp.maximum(moments.count - 1, 1))
 
 
+@check_shapes
 def batch_mean(rewards: PerRow, mask: RowMask) -> Float[Array, ""]:
     """Mean over the rows that count."""
     return masked_mean(rewards, mask)
 
 
+@check_shapes
 def batch_std(rewards: PerRow, mask: RowMask) -> Float[Array, ""]:
     """Unbiased standard deviation of the *raw* rewards that count (Lite PPO, 2508.08221), not of centred ones."""
     return jnp.sqrt(masked_var(rewards, mask, ddof=1))
@@ -125,6 +136,7 @@ SCALES = {
 }
 
 
+@check_shapes
 def normalize_rewards(
     rewards: PerRow,
     group_id: GroupId,
@@ -150,6 +162,7 @@ def normalize_rewards(
     return centred / SCALES[std](rewards, group_id, mask, moments, eps)
 
 
+@check_shapes
 def leave_one_out(rewards: PerRow, group_id: GroupId) -> PerRow:
     """``G/(G-1) · (r - mean)``: reward less the others' mean (RLOO, 2402.14740); a group of one gives 0."""
     rewards = at_least_float32(rewards)
@@ -157,11 +170,13 @@ def leave_one_out(rewards: PerRow, group_id: GroupId) -> PerRow:
     return (rewards - group_mean(rewards, group_id)) * size / jnp.maximum(size - 1, 1)
 
 
+@check_shapes
 def remax(rewards: PerRow, greedy_rewards: PerRow) -> PerRow:
     """Reward less that of the greedy completion of the same prompt (2310.10505, algorithm 1)."""
     return at_least_float32(rewards) - greedy_rewards
 
 
+@check_shapes
 def opo_baseline(rewards: PerRow, lengths: Int[Array, " b"], group_id: GroupId) -> PerRow:
     """``Σ |o| r / Σ |o|`` of each row's group, to be subtracted (OPO, 2505.23585); a group without tokens gives 0."""
     rewards = at_least_float32(rewards)
@@ -169,12 +184,14 @@ def opo_baseline(rewards: PerRow, lengths: Int[Array, " b"], group_id: GroupId) 
     return group_sum(rewards * lengths, group_id) / jnp.maximum(group_sum(lengths, group_id), 1)
 
 
+@check_shapes
 def gpg_advantages(rewards: PerRow, group_id: GroupId) -> PerRow:
     """``α (r - mean)``, α = rows over rows of mixed groups (GPG, 2504.02546); for ``reinforce``. All equal gives 0."""
     mixed = jnp.sum(mixed_groups(rewards, group_id))
     return (at_least_float32(rewards) - group_mean(rewards, group_id)) * (rewards.shape[0] / jnp.maximum(mixed, 1))
 
 
+@check_shapes
 def reinforce_plus_plus(
     token_rewards: Float[Array, "b t"], mask: Bool[Array, "b t"], *, gamma: float = 1.0
 ) -> Float[Array, "b t"]:
@@ -182,12 +199,14 @@ def reinforce_plus_plus(
     return whiten(reward_to_go(token_rewards, mask, gamma=gamma), mask)
 
 
+@check_shapes
 def reinforce_plus_plus_baseline(rewards: PerRow, group_id: GroupId, mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
     """``r - group mean`` on every token, whitened over all kept tokens of the batch (2501.03262, baseline form)."""
     centred = at_least_float32(rewards) - group_mean(rewards, group_id)
     return whiten(broadcast_to_tokens(centred, mask), mask)
 
 
+@check_shapes
 def broadcast_to_tokens(advantages: PerRow, mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
     """Each row's number on each of its kept tokens, 0 elsewhere."""
     return jnp.where(mask, at_least_float32(advantages)[:, None], 0)
@@ -205,6 +224,7 @@ def empty_percentile_scale() -> PercentileScale:
     return PercentileScale(jnp.zeros(()), jnp.zeros((), jnp.int32))
 
 
+@check_shapes
 def update_percentile_scale(
     state: PercentileScale, returns: Float[Array, "*s"], mask: Bool[Array, "*s"], *, decay: float = 0.99
 ) -> PercentileScale:
@@ -216,11 +236,13 @@ def update_percentile_scale(
     return jax.tree.map(lambda x, old: jnp.where(jnp.any(mask), x, old), new, state)
 
 
+@check_shapes
 def scale_by_percentile(advantages: Float[Array, "*s"], state: PercentileScale) -> Float[Array, "*s"]:
     """``A / max(1, spread)``: shrinks large returns, leaves small ones (2301.04104). Whitening would undo it."""
     return at_least_float32(advantages) / jnp.maximum(state.spread, 1)
 
 
+@check_shapes
 def soft_overlong_penalty(
     lengths: Int[Array, " b"], *, max_tokens: int, buffer_tokens: int, factor: float = 1.0
 ) -> PerRow:
@@ -230,6 +252,7 @@ def soft_overlong_penalty(
     return factor * jnp.clip((max_tokens - buffer_tokens - at_least_float32(lengths)) / buffer_tokens, -1, 0)
 
 
+@check_shapes
 def mask_truncated(mask: Bool[Array, "b t"], truncated: RowMask) -> Bool[Array, "b t"]:
     """The loss mask without rows that ran out of budget (DAPO's overlong filter); they stay in the group statistics."""
     return mask & ~truncated[:, None]

@@ -11,15 +11,18 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.losses.kl import log_ratio
 from rljax.losses.masked import masked_mean, masked_sum, zero_masked
+from rljax.losses.shapes import check_shapes
 
 PerToken = Float[Array, "b t"]
 
 
+@check_shapes
 def importance_weights(proximal_logprobs: PerToken, behavior_logprobs: PerToken, mask: Bool[Array, "b t"]) -> PerToken:
     """``w`` of each token."""
     return _weights(_log_weights(proximal_logprobs, behavior_logprobs, mask), mask)
 
 
+@check_shapes
 def sequence_importance_weights(
     proximal_logprobs: PerToken, behavior_logprobs: PerToken, mask: Bool[Array, "b t"]
 ) -> PerToken:
@@ -28,6 +31,7 @@ def sequence_importance_weights(
     return _weights(log_ratio(total[:, None], jnp.zeros_like(total[:, None])), mask)
 
 
+@check_shapes
 def geometric_importance_weights(
     proximal_logprobs: PerToken, behavior_logprobs: PerToken, mask: Bool[Array, "b t"]
 ) -> PerToken:
@@ -36,16 +40,19 @@ def geometric_importance_weights(
     return _weights(mean[:, None], mask)
 
 
+@check_shapes
 def truncated_importance(weights: PerToken, cap: float) -> PerToken:
     """``min(w, cap)`` (TIS; IMPALA's ρ, 1802.01561)."""
     return jnp.minimum(weights, cap)
 
 
+@check_shapes
 def masked_importance(weights: PerToken, cap: float) -> PerToken:
     """``w · 1[w <= cap]`` (MIS): what is too far off policy leaves the loss."""
     return jnp.where(weights <= cap, weights, 0)
 
 
+@check_shapes
 def icepop(weights: PerToken, low: float, high: float) -> PerToken:
     """``w · 1[low <= w <= high]`` (IcePop, 2510.18855)."""
     return jnp.where((weights >= low) & (weights <= high), weights, 0)

@@ -12,18 +12,22 @@ from jaxtyping import Array, Bool, Float, Int
 from rljax.losses.kl import full_kl, jensen_shannon
 from rljax.losses.logprobs import log_normalizer
 from rljax.losses.masked import at_least_float32, masked_mean, zero_masked
+from rljax.losses.shapes import check_shapes
 
 
+@check_shapes
 def forward_kl(student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
     """``KL(T‖S)``, the cross-entropy with soft labels less their entropy (1503.02531, without its τ²)."""
     return full_kl(teacher_logits, student_logits)
 
 
+@check_shapes
 def reverse_kl(student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
     """``KL(S‖T)``, mode-seeking (MiniLLM, 2306.08543, eq. 1, token by token)."""
     return full_kl(student_logits, teacher_logits)
 
 
+@check_shapes
 def generalized_jsd(
     student_logits: Float[Array, "*n v"], teacher_logits: Float[Array, "*n v"], *, beta: float
 ) -> Float[Array, "*n"]:
@@ -38,6 +42,7 @@ def generalized_jsd(
     return jensen_shannon(teacher_logits, student_logits, weight=beta)
 
 
+@check_shapes
 def gkd_loss(
     student_logits: Float[Array, "b t v"],
     teacher_logits: Float[Array, "b t v"],
@@ -57,6 +62,7 @@ def gkd_loss(
 # --- A teacher known by its top k ---
 
 
+@check_shapes
 def topk_logprobs(logits: Float[Array, "*n v"], token_ids: Int[Array, "*n k"]) -> Float[Array, "*n k+1"]:
     """The student's log-probs of ``token_ids``, and last of all other tokens together. Ids of a row must differ."""
     logits = at_least_float32(logits)
@@ -67,6 +73,7 @@ def topk_logprobs(logits: Float[Array, "*n v"], token_ids: Int[Array, "*n k"]) -
     return jnp.concatenate([chosen, rest], axis=-1) - log_normalizer(logits)[..., None]
 
 
+@check_shapes
 def append_rest(logprobs: Float[Array, "*n k"]) -> Float[Array, "*n k+1"]:
     """A teacher's top-k log-probs, and last that of all other tokens: ``log(1 − Σ p)``, -inf below 1e-6."""
     logprobs = at_least_float32(logprobs)
@@ -75,6 +82,7 @@ def append_rest(logprobs: Float[Array, "*n k"]) -> Float[Array, "*n k+1"]:
     return jnp.concatenate([logprobs, jnp.where(some, jnp.log(jnp.where(some, rest, 1)), -jnp.inf)], axis=-1)
 
 
+@check_shapes
 def topk_divergence(
     student_logits: Float[Array, "*n v"],
     token_ids: Int[Array, "*n k"],

@@ -6,8 +6,10 @@ from jax import lax, nn
 from jaxtyping import Array, Float
 
 from rljax.losses.masked import at_least_float32
+from rljax.losses.shapes import check_shapes
 
 
+@check_shapes
 def soft_value(
     q_values: Float[Array, "*s a"], prior_logprobs: Float[Array, "*s a"], temperature: float | Float[Array, ""]
 ) -> Float[Array, "*s"]:
@@ -16,6 +18,7 @@ def soft_value(
     return temperature * nn.logsumexp(prior_logprobs + q_values / temperature, axis=-1)
 
 
+@check_shapes
 def posterior_logprobs(
     q_values: Float[Array, "*s a"], prior_logprobs: Float[Array, "*s a"], temperature: float | Float[Array, ""]
 ) -> Float[Array, "*s a"]:
@@ -23,6 +26,7 @@ def posterior_logprobs(
     return nn.log_softmax(at_least_float32(prior_logprobs) + at_least_float32(q_values) / temperature, axis=-1)
 
 
+@check_shapes
 def soft_value_iteration(
     rewards: Float[Array, "h s a"],
     transitions: Float[Array, "h s a s"],
@@ -48,6 +52,7 @@ def soft_value_iteration(
     return lax.scan(step, last, stages, reverse=True)[1]
 
 
+@check_shapes
 def shifted_rewards(
     rewards: Float[Array, "*s"], shift: Float[Array, "*s"], *, coef: float, progress: float | Float[Array, ""]
 ) -> Float[Array, "*s"]:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.losses.masked import at_least_float32, masked_sum
+from rljax.losses.shapes import Given, check_shapes, refuse_unequal
 
 
 class LogprobStats(NamedTuple):
@@ -22,11 +23,13 @@ class LogprobStats(NamedTuple):
     entropy: Float[Array, "*n"] | None
 
 
+@check_shapes
 def log_normalizer(logits: Float[Array, "*n v"]) -> Float[Array, "*n"]:
     """``log Σ_v exp(logits_v)``."""
     return jax.nn.logsumexp(at_least_float32(logits), axis=-1)
 
 
+@check_shapes
 def token_logprobs(
     logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], temperature: float = 1.0
 ) -> Float[Array, "*n"]:
@@ -38,6 +41,7 @@ def token_logprobs(
     return _select(scaled, _is_token(scaled, tokens)) - log_normalizer(scaled)
 
 
+@check_shapes
 def truncated_logprobs(
     logits: Float[Array, "*n v"], tokens: Int[Array, "*n"], support: Float[Array, "*n"], temperature: float = 1.0
 ) -> Float[Array, "*n"]:
@@ -51,12 +55,14 @@ def truncated_logprobs(
     return _select(scaled, is_token) - log_normalizer(_keep(scaled, support, is_token))
 
 
+@check_shapes
 def entropy(logits: Float[Array, "*n v"], temperature: float = 1.0) -> Float[Array, "*n"]:
     """``-Σ_v p_v log p_v`` in nats, over the full vocabulary; logits of -inf count as absent."""
     scaled = at_least_float32(logits) / temperature
     return _entropy(scaled, log_normalizer(scaled))
 
 
+@check_shapes
 def sequence_logprobs(logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
     """Sum of the kept tokens' log-probs; an empty row gives 0."""
     return masked_sum(logprobs, mask, axis=-1)
@@ -84,6 +90,7 @@ def _without_inf(logp: Array) -> Array:
     return jnp.where(jnp.isneginf(logp), 0, logp)  # 0 log 0 = 0
 
 
+@check_shapes
 def chunked_logprobs(
     hidden: Float[Array, "n d"],
     head: Float[Array, "v d"],
@@ -108,7 +115,7 @@ def chunked_logprobs(
     With ``count`` only that many tokens, the first, are looked at, in both directions and known at run time only: the
     others get 0 and cost nothing.
     """
-    _check(hidden, head, chunk_size, vocab_size, temperature)
+    _check(head, chunk_size, vocab_size, temperature)
     head = _varying_like(head, hidden)
     n = hidden.shape[0]
     options = _Options(
@@ -122,6 +129,7 @@ def chunked_logprobs(
     return LogprobStats(logprobs, entropies if with_entropy else None)
 
 
+@check_shapes
 def reduce_logits_in_chunks(
     hidden: Float[Array, "n d"],
     head: Float[Array, "v d"],
@@ -138,7 +146,12 @@ def reduce_logits_in_chunks(
     rematerialised in the backward pass, so nothing of size [n, v] is saved. What ``reducer`` closes over gets gradients
     too; for a second head call ``head_logits`` in it.
     """
-    _check(hidden, head, chunk_size, vocab_size, 1.0)
+    _check(head, chunk_size, vocab_size, 1.0)
+    for path, x in jax.tree_util.tree_leaves_with_path(rows):
+        like = Given("hidden", ("n", "d"), hidden.shape)
+        refuse_unequal(
+            "reduce_logits_in_chunks", [like, Given(f"rows{jax.tree_util.keystr(path)}", ("n", "..."), x.shape)]
+        )
     head = at_least_float32(_varying_like(head, hidden))  # its gradient is summed over chunks
 
     @jax.checkpoint
@@ -151,6 +164,7 @@ def reduce_logits_in_chunks(
     return jax.tree.map(partial(_join, n=n), lax.map(chunk, chunks))
 
 
+@check_shapes
 def head_logits(
     hidden: Float[Array, "n d"], head: Float[Array, "v d"], *, vocab_size: int | None = None
 ) -> Float[Array, "n v"]:
@@ -297,9 +311,7 @@ def _varying_like(head: Array, hidden: Array) -> Array:
     return head + jnp.zeros_like(hidden, shape=(), dtype=head.dtype)  # the compiler drops the sum, not the type
 
 
-def _check(hidden: Array, head: Array, chunk_size: int, vocab_size: int | None, temperature: float) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"hidden {hidden.shape} and head {head.shape} must be [n, d] and [v, d] with one width d")
+def _check(head: Array, chunk_size: int, vocab_size: int | None, temperature: float) -> None:
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; give the tokens of a chunk, at least 1")
     if vocab_size is not None and not 1 <= vocab_size <= head.shape[0]:

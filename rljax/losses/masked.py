@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from rljax.losses.shapes import check_shapes
+
 
 def at_least_float32(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
     """``x`` in float32, or unchanged where it is wider."""
@@ -17,33 +19,30 @@ def at_least_float32(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def zero_masked(mask: Bool[Array, "*s"], *arrays: Float[Array, "*s"]) -> Any:
+@check_shapes
+def zero_masked(mask: Bool[Array, "*#s"], *arrays: Float[Array, "*s"]) -> Any:
     """Each array with 0 where the mask is False, in float32 or wider: the inner half of a double ``where``.
 
     A NaN that enters ``exp`` comes back in the gradient even if the result is masked later (0 · NaN), so it is taken
-    out before. One array in, one array out; several in, a tuple out. ValueError on an array with another number of
-    axes than the mask: [b] beside [b, t] would broadcast along the wrong one where b = t.
+    out before. One array in, one array out; several in, a tuple out.
     """
-    for x in arrays:
-        if jnp.ndim(x) != jnp.ndim(mask):
-            raise ValueError(
-                f"an array of shape {jnp.shape(x)} stands beside a mask of shape {jnp.shape(mask)}; "
-                "give one entry for each of the mask's (broadcast_to_tokens spreads one number a row)"
-            )
     zeroed = tuple(jnp.where(mask, at_least_float32(x), 0) for x in arrays)
     return zeroed[0] if len(zeroed) == 1 else zeroed
 
 
+@check_shapes
 def masked_sum(x: Float[Array, "*s"], mask: Bool[Array, "*s"], axis: int | None = None) -> Float[Array, "*r"]:
     """Sum of the kept entries; an empty mask gives 0."""
     return jnp.sum(zero_masked(mask, x), axis=axis)
 
 
+@check_shapes
 def masked_mean(x: Float[Array, "*s"], mask: Bool[Array, "*s"], axis: int | None = None) -> Float[Array, "*r"]:
     """Mean of the kept entries; an empty mask gives 0."""
     return masked_sum(x, mask, axis) / jnp.maximum(jnp.sum(mask, axis=axis), 1)
 
 
+@check_shapes
 def masked_var(
     x: Float[Array, "*s"], mask: Bool[Array, "*s"], axis: int | None = None, *, ddof: int
 ) -> Float[Array, "*r"]:
@@ -58,6 +57,7 @@ def masked_var(
     return squares / jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
 
 
+@check_shapes
 def whiten(
     x: Float[Array, "*s"], mask: Bool[Array, "*s"], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "*s"]:
@@ -71,16 +71,19 @@ def whiten(
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 
+@check_shapes
 def count_tokens(mask: Bool[Array, "b t"]) -> Float[Array, ""]:
     """How many tokens are kept."""
     return jnp.sum(mask).astype(jnp.float32)
 
 
+@check_shapes
 def count_sequences(mask: Bool[Array, "b t"]) -> Float[Array, ""]:
     """How many rows keep at least one token."""
     return jnp.sum(jnp.any(mask, axis=-1)).astype(jnp.float32)
 
 
+@check_shapes
 def count_all_sequences(mask: Bool[Array, "b t"]) -> Float[Array, ""]:
     """How many rows there are, empty ones included (TRL counts so)."""
     return jnp.asarray(mask.shape[0], jnp.float32)
@@ -119,6 +122,7 @@ AGGREGATIONS: dict[str, Aggregation | Callable[[int], Aggregation]] = {
 }
 
 
+@check_shapes
 def aggregate(aggregation: Aggregation, x: Float[Array, "b t"], mask: Bool[Array, "b t"]) -> Float[Array, ""]:
     """Numerator over denominator of one batch; an empty mask gives 0."""
     return aggregation.numerator(x, mask) / jnp.maximum(aggregation.denominator(mask), 1)

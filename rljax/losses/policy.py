@@ -22,22 +22,26 @@ from rljax.losses.masked import (
     masked_mean,
     zero_masked,
 )
+from rljax.losses.shapes import check_shapes
 from rljax.losses.value import clipped_value_loss
 
 PerToken = Float[Array, "b t"]
 Mask = Bool[Array, "b t"]
 
 
+@check_shapes
 def reinforce(logprobs: PerToken, advantages: PerToken) -> PerToken:
     """``-A · log π`` (Williams 1992); the gradient is the point, the value is not."""
     return -advantages * at_least_float32(logprobs)
 
 
+@check_shapes
 def surrogate(logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken) -> PerToken:
     """``-A ρ``, without a clip (1707.06347, eq. 6)."""
     return -advantages * jnp.exp(log_ratio(logprobs, proximal_logprobs))
 
 
+@check_shapes
 def clipped_surrogate(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float, eps_high: float
 ) -> PerToken:
@@ -49,6 +53,7 @@ def clipped_surrogate(
     return _pessimistic(ratio, advantages, eps_low, eps_high)
 
 
+@check_shapes
 def dual_clip(losses: PerToken, advantages: PerToken, ceiling: float) -> PerToken:
     """``min(loss, -c A)`` where A < 0: bounds what a large ratio can cost (1912.09729); c > 1, usually 3."""
     if not ceiling > 1:
@@ -56,6 +61,7 @@ def dual_clip(losses: PerToken, advantages: PerToken, ceiling: float) -> PerToke
     return jnp.where(advantages < 0, jnp.minimum(losses, -ceiling * advantages), losses)
 
 
+@check_shapes
 def is_clipped_low(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float
 ) -> Bool[Array, "b t"]:
@@ -63,6 +69,7 @@ def is_clipped_low(
     return (jnp.exp(log_ratio(logprobs, proximal_logprobs)) < 1 - eps_low) & (advantages < 0)
 
 
+@check_shapes
 def is_clipped_high(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_high: float
 ) -> Bool[Array, "b t"]:
@@ -70,6 +77,7 @@ def is_clipped_high(
     return (jnp.exp(log_ratio(logprobs, proximal_logprobs)) > 1 + eps_high) & (advantages > 0)
 
 
+@check_shapes
 def gspo(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, mask: Mask, eps_low: float, eps_high: float
 ) -> PerToken:
@@ -81,6 +89,7 @@ def gspo(
     return _pessimistic(ratio, zero_masked(mask, advantages), eps_low, eps_high)
 
 
+@check_shapes
 def gspo_token(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, mask: Mask, eps_low: float, eps_high: float
 ) -> PerToken:
@@ -94,6 +103,7 @@ def gspo_token(
     return _pessimistic(ratio, advantages, eps_low, eps_high)
 
 
+@check_shapes
 def cispo(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float, eps_high: float
 ) -> PerToken:
@@ -105,6 +115,7 @@ def cispo(
     return -lax.stop_gradient(weight) * advantages * at_least_float32(logprobs)
 
 
+@check_shapes
 def gmpo(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, mask: Mask, eps_low: float, eps_high: float
 ) -> PerToken:
@@ -119,6 +130,7 @@ def gmpo(
     return -advantages * jnp.exp(masked_mean(bounded, mask, axis=-1)[:, None])
 
 
+@check_shapes
 def sapo(
     logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, tau_pos: float = 1.0, tau_neg: float = 1.05
 ) -> PerToken:
@@ -131,11 +143,13 @@ def sapo(
     return -advantages * (4 / tau) * nn.sigmoid(tau * (ratio - 1))
 
 
+@check_shapes
 def entropy_bonus(entropy: PerToken) -> PerToken:
     """``-H``: minimising it raises the entropy."""
     return -at_least_float32(entropy)
 
 
+@check_shapes
 def logprob_covariance(advantages: PerToken, logprobs: PerToken, mask: Mask) -> PerToken:
     """``(A - mean A)(l - mean l)`` of each kept token, 0 elsewhere (2505.22617).
 
@@ -146,6 +160,7 @@ def logprob_covariance(advantages: PerToken, logprobs: PerToken, mask: Mask) -> 
     return jnp.where(mask, centred, 0)
 
 
+@check_shapes
 def random_high_covariance(
     key: PRNGKeyArray, covariance: PerToken, eligible: Mask, *, count: Float[Array, ""], low: float, high: float
 ) -> Mask:
@@ -158,16 +173,19 @@ def random_high_covariance(
     return _top(jax.random.uniform(key, covariance.shape), candidates, count)
 
 
+@check_shapes
 def highest_covariance(covariance: PerToken, mask: Mask, *, count: Float[Array, ""]) -> Mask:
     """The ``count`` kept tokens of highest covariance, for ``kl_cov`` (2505.22617; .02 % of the tokens)."""
     return _top(covariance, mask, count)
 
 
+@check_shapes
 def clip_cov(losses: PerToken, selected: Mask) -> PerToken:
     """The loss without a gradient at the selected tokens (Clip-Cov, 2505.22617); its value stays."""
     return jnp.where(selected, lax.stop_gradient(losses), losses)
 
 
+@check_shapes
 def kl_cov(
     losses: PerToken, logprobs: PerToken, proximal_logprobs: PerToken, selected: Mask, coef: float = 1.0
 ) -> PerToken:
@@ -190,6 +208,7 @@ def _top(scores: Array, candidates: Array, count: Array) -> Array:
     return candidates & (rank.reshape(scores.shape) < count)
 
 
+@check_shapes
 def grpo_loss(
     logprobs: PerToken,
     behavior_logprobs: PerToken,
@@ -214,6 +233,7 @@ def grpo_loss(
     return aggregate(aggregation, losses, loss_mask)
 
 
+@check_shapes
 def ppo_loss(
     logprobs: PerToken,
     behavior_logprobs: PerToken,

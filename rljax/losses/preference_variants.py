@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float
 from rljax.losses.logprobs import log_normalizer
 from rljax.losses.masked import at_least_float32, masked_mean, zero_masked
 from rljax.losses.preferences import PerPair, dpo, sequence_log_ratio, smoothed_sigmoid
+from rljax.losses.shapes import Given, check_shapes, refuse_unequal
 
 # --- f-divergences ---
 
 
+@check_shapes
 def f_dpo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -36,16 +38,19 @@ def f_dpo(
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
 
+@check_shapes
 def forward_kl_score(log_ratios: PerPair) -> PerPair:
     """f' of the forward KL for ``f_dpo``: ``1 − e^{−r}``, r from −40 up (2309.16240)."""
     return -jnp.expm1(-jnp.maximum(log_ratios, -40.0))
 
 
+@check_shapes
 def js_score(log_ratios: PerPair) -> PerPair:
     """f' of the Jensen-Shannon divergence for ``f_dpo``: ``ln 2 + log σ(r)`` (2309.16240)."""
     return jax.nn.log_sigmoid(log_ratios) + math.log(2)
 
 
+@check_shapes
 def alpha_score(log_ratios: PerPair, *, alpha: float) -> PerPair:
     """f' of the α-divergence for ``f_dpo``: ``(1 − e^{−αr}) / α``, −αr up to 40 (2309.16240).
 
@@ -59,6 +64,7 @@ def alpha_score(log_ratios: PerPair, *, alpha: float) -> PerPair:
 # --- Optimal transport: the k-th smallest against the k-th smallest of the whole optimizer step ---
 
 
+@check_shapes
 def match_ranks(values: PerPair, others: PerPair, mask: Bool[Array, " b"] | None = None) -> PerPair:
     """For each of ``values`` the one of ``others`` with the same rank, stop-gradient, for AOT (2406.05882).
 
@@ -70,6 +76,7 @@ def match_ranks(values: PerPair, others: PerPair, mask: Bool[Array, " b"] | None
     return jax.lax.stop_gradient(jnp.where(kept, jnp.sort(others)[ranks], 0))
 
 
+@check_shapes
 def aot(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -87,6 +94,7 @@ def aot(
     return smoothed_sigmoid(beta * (log_ratios - matched_ref_log_ratios), label_smoothing)
 
 
+@check_shapes
 def aot_unpaired(
     chosen_log_ratios: PerPair,
     rejected_log_ratios: PerPair,
@@ -110,6 +118,7 @@ def aot_unpaired(
 # --- Length and policy weights ---
 
 
+@check_shapes
 def ld_logprobs(
     logprobs: Float[Array, "b t"], mask: Bool[Array, "b t"], other_mask: Bool[Array, "b s"], *, alpha: float
 ) -> PerPair:
@@ -122,12 +131,14 @@ def ld_logprobs(
     return jnp.sum(jnp.where(within, 1.0, alpha) * zero_masked(mask, logprobs), axis=-1)
 
 
+@check_shapes
 def log_collision(logits: Float[Array, "*n v"], temperature: float = 1.0) -> Float[Array, "*n"]:
     """``log Σ_v π_v²``, the log of a sampled token's mean probability, for ``wpo_weights`` (2406.11827)."""
     logits = at_least_float32(logits) / temperature
     return log_normalizer(2 * logits) - 2 * log_normalizer(logits)
 
 
+@check_shapes
 def wpo_weights(
     chosen_logprobs: Float[Array, "b t"],
     rejected_logprobs: Float[Array, "b s"],
@@ -155,12 +166,16 @@ def mix_reference(reference: Any, policy: Any, *, alpha: float) -> Any:
     In float32 or wider, back to each reference leaf's dtype; a reference in bfloat16 loses updates of a small α.
     """
 
-    def mix(ref, new):
+    def mix(path, ref, new):
+        leaf = jax.tree_util.keystr(path)
+        leaves = [Given(f"{tree}{leaf}", ("*s",), x.shape) for tree, x in (("reference", ref), ("policy", new))]
+        refuse_unequal("mix_reference", leaves)
         return (alpha * at_least_float32(new) + (1 - alpha) * at_least_float32(ref)).astype(ref.dtype)
 
-    return jax.tree.map(mix, reference, policy)
+    return jax.tree_util.tree_map_with_path(mix, reference, policy)
 
 
+@check_shapes
 def xpo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -180,6 +195,7 @@ def xpo(
     return pairs + alpha * at_least_float32(explore_logprobs)
 
 
+@check_shapes
 def nash_md(
     logprobs: Float[Array, " b"], ref_logprobs: Float[Array, " b"], preference: Float[Array, " b"], *, beta: float
 ) -> Float[Array, " b"]:
@@ -192,6 +208,7 @@ def nash_md(
     return -jax.lax.stop_gradient(weight) * at_least_float32(logprobs)
 
 
+@check_shapes
 def nash_md_per_token(
     logprobs: Float[Array, "b t"],
     ref_logprobs: Float[Array, "b t"],

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.losses.logprobs import sequence_logprobs
 from rljax.losses.masked import at_least_float32, masked_mean
+from rljax.losses.shapes import check_shapes
 
 PerPair = Float[Array, " b"]
 
@@ -30,6 +31,7 @@ def smoothed_sigmoid(logits: PerPair, label_smoothing: float) -> PerPair:
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
+@check_shapes
 def dpo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -43,6 +45,7 @@ def dpo(
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
 
+@check_shapes
 def cdpo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -57,6 +60,7 @@ def cdpo(
     return smoothed_sigmoid(beta * (chosen - rejected), label_smoothing)
 
 
+@check_shapes
 def robust_dpo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -79,6 +83,7 @@ def robust_dpo(
     return (label_smoothing * flipped - (1 - label_smoothing) * kept) / (1 - 2 * label_smoothing)
 
 
+@check_shapes
 def ipo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -95,6 +100,7 @@ def ipo(
     return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
+@check_shapes
 def hinge(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -108,6 +114,7 @@ def hinge(
     return jax.nn.relu(1 - beta * (chosen - rejected))
 
 
+@check_shapes
 def exo(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -130,6 +137,7 @@ def exo(
     return win + lose
 
 
+@check_shapes
 def nca(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -144,6 +152,7 @@ def nca(
     return -jax.nn.log_sigmoid(beta * chosen) - 0.5 * noise
 
 
+@check_shapes
 def sppo_hard(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -157,6 +166,7 @@ def sppo_hard(
     return jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
 
 
+@check_shapes
 def apo_zero(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -170,6 +180,7 @@ def apo_zero(
     return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
 
 
+@check_shapes
 def apo_down(
     chosen_logprobs: PerPair,
     rejected_logprobs: PerPair,
@@ -183,11 +194,13 @@ def apo_down(
     return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * (chosen - rejected))
 
 
+@check_shapes
 def valid_pairs(chosen_mask: Bool[Array, "b t"], rejected_mask: Bool[Array, "b s"]) -> Bool[Array, " b"]:
     """Pairs with at least one token on both sides: those that a mean over pairs counts."""
     return jnp.any(chosen_mask, axis=-1) & jnp.any(rejected_mask, axis=-1)
 
 
+@check_shapes
 def dpo_loss(
     chosen_logprobs: Float[Array, "b t"],
     rejected_logprobs: Float[Array, "b s"],

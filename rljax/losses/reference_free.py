@@ -11,14 +11,17 @@ from jaxtyping import Array, Bool, Float
 from rljax.losses.logprobs import sequence_logprobs
 from rljax.losses.masked import at_least_float32, masked_mean
 from rljax.losses.preferences import PerPair, valid_pairs
+from rljax.losses.shapes import check_shapes
 
 
+@check_shapes
 def simpo(chosen_mean_logprobs: PerPair, rejected_mean_logprobs: PerPair, *, beta: float, gamma: float) -> PerPair:
     """SimPO: ``−log σ(β(l̄_w − l̄_l) − γ)`` (2405.14734, eq. 6); γ is the margin itself, not γ/β."""
     difference = at_least_float32(chosen_mean_logprobs) - at_least_float32(rejected_mean_logprobs)
     return -jax.nn.log_sigmoid(beta * difference - gamma)
 
 
+@check_shapes
 def cpo(chosen_logprobs: PerPair, rejected_logprobs: PerPair, *, beta: float, nll_coef: float = 1.0) -> PerPair:
     """CPO: ``−log σ(β(l_w − l_l)) − c·l_w``, DPO with a flat reference, plus cloning (2401.08417, eq. 3).
 
@@ -28,6 +31,7 @@ def cpo(chosen_logprobs: PerPair, rejected_logprobs: PerPair, *, beta: float, nl
     return -jax.nn.log_sigmoid(beta * (chosen - rejected)) - nll_coef * chosen
 
 
+@check_shapes
 def orpo(chosen_mean_logprobs: PerPair, rejected_mean_logprobs: PerPair, *, odds_coef: float) -> PerPair:
     """ORPO: ``−l̄_w − λ log σ(o_w − o_l)``, o = log q − log(1−q), q = e^{l̄} (2403.07691, eqs. 4, 6, 7).
 
@@ -42,6 +46,7 @@ def _log_odds(logprobs: PerPair) -> PerPair:
     return logprobs - jnp.log(-jnp.expm1(logprobs))
 
 
+@check_shapes
 def simpo_loss(
     chosen_logprobs: Float[Array, "b t"],
     rejected_logprobs: Float[Array, "b s"],
@@ -57,6 +62,7 @@ def simpo_loss(
     return masked_mean(simpo(chosen, rejected, beta=beta, gamma=gamma), valid_pairs(chosen_mask, rejected_mask))
 
 
+@check_shapes
 def cpo_loss(
     chosen_logprobs: Float[Array, "b t"],
     rejected_logprobs: Float[Array, "b s"],
@@ -72,6 +78,7 @@ def cpo_loss(
     return masked_mean(cpo(chosen, rejected, beta=beta, nll_coef=nll_coef), valid_pairs(chosen_mask, rejected_mask))
 
 
+@check_shapes
 def orpo_loss(
     chosen_logprobs: Float[Array, "b t"],
     rejected_logprobs: Float[Array, "b s"],

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.losses.kl import k1, log_ratio
 from rljax.losses.masked import zero_masked
+from rljax.losses.shapes import check_shapes
 
 PerToken = Float[Array, "b t"]
 PerRow = Float[Array, " b"]
@@ -28,17 +29,20 @@ class Estimate(NamedTuple):
     returns: PerToken
 
 
+@check_shapes
 def is_last_token(mask: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
     """True at the last kept token of each row; nowhere in an empty row."""
     kept_from_here = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
     return mask & (kept_from_here == 1)
 
 
+@check_shapes
 def on_last_token(scores: PerRow, mask: Bool[Array, "b t"]) -> PerToken:
     """Each row's score on its last kept token, 0 elsewhere; the score of an empty row is dropped."""
     return zero_masked(is_last_token(mask), jnp.broadcast_to(scores[:, None], mask.shape))
 
 
+@check_shapes
 def shaped_rewards(
     scores: PerRow, logprobs: PerToken, ref_logprobs: PerToken, mask: Bool[Array, "b t"], *, kl_coef: float
 ) -> PerToken:
@@ -47,6 +51,7 @@ def shaped_rewards(
     return on_last_token(scores, mask) - kl_coef * k1(logprobs, ref_logprobs)
 
 
+@check_shapes
 def reward_to_go(
     rewards: PerToken, mask: Bool[Array, "b t"], *, gamma: float, bootstrap_values: PerRow | None = None
 ) -> PerToken:
@@ -60,6 +65,7 @@ def reward_to_go(
     return _backwards(step, _after(rewards, bootstrap_values), mask, rewards)
 
 
+@check_shapes
 def n_step_returns(
     rewards: PerToken,
     values: PerToken,
@@ -83,6 +89,7 @@ def n_step_returns(
     return _backwards(step, start, mask, (rewards, values))
 
 
+@check_shapes
 def gae(
     rewards: PerToken,
     values: PerToken,
@@ -109,6 +116,7 @@ def gae(
     return Estimate(advantages, advantages + values)
 
 
+@check_shapes
 def vtrace(
     logprobs: PerToken,
     behavior_logprobs: PerToken,

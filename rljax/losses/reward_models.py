@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rljax.losses.masked import at_least_float32, masked_mean, masked_sum, zero_masked
+from rljax.losses.shapes import check_shapes
 
 # --- Pairs ---
 
 
+@check_shapes
 def bradley_terry(
     chosen_rewards: Float[Array, " b"], rejected_rewards: Float[Array, " b"], margin: Float[Array, " b"] | float = 0.0
 ) -> Float[Array, " b"]:
@@ -23,11 +25,13 @@ def bradley_terry(
     return -jax.nn.log_sigmoid(at_least_float32(chosen_rewards) - at_least_float32(rejected_rewards) - margin)
 
 
+@check_shapes
 def centering_penalty(chosen_rewards: Float[Array, " b"], rejected_rewards: Float[Array, " b"]) -> Float[Array, " b"]:
     """``(r_w + r_l)²``, which fixes the free constant of pairwise rewards at mean 0 (2312.09244, eq. 2)."""
     return jnp.square(at_least_float32(chosen_rewards) + at_least_float32(rejected_rewards))
 
 
+@check_shapes
 def bradley_terry_loss(
     chosen_rewards: Float[Array, " b"],
     rejected_rewards: Float[Array, " b"],
@@ -47,11 +51,13 @@ def bradley_terry_loss(
 # --- Rankings of K answers, ragged K ---
 
 
+@check_shapes
 def rank_order(scores: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Int[Array, "b k"]:
     """Indices that put a row's answers best first and the masked ones last; equal scores keep their order."""
     return jnp.argsort(jnp.where(mask, -at_least_float32(scores), jnp.inf), axis=-1)
 
 
+@check_shapes
 def plackett_luce(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, " b"]:
     """``−Σ_k [r_k − log Σ_{j>=k} e^{r_j}]``, −log P(the ranking), answers best first (2301.11270, K-wise MLE).
 
@@ -64,6 +70,7 @@ def plackett_luce(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"])
     return masked_sum(suffix - rewards, mask, axis=-1)
 
 
+@check_shapes
 def pairwise_split(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, " b"]:
     """``−Σ_{i<j} log σ(r_i − r_j) / C(K, 2)``, answers best first (2203.02155, eq. 1; 2301.11270, MLE₂).
 
@@ -77,11 +84,13 @@ def pairwise_split(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]
     return jnp.sum(jnp.where(pairs, losses, 0), axis=(1, 2)) / jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 1)
 
 
+@check_shapes
 def rankings(mask: Bool[Array, "b k"]) -> Bool[Array, " b"]:
     """Rows of at least two answers: those that a mean over rankings counts."""
     return jnp.sum(mask, axis=-1) >= 2
 
 
+@check_shapes
 def plackett_luce_loss(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b k"]) -> Float[Array, ""]:
     """``plackett_luce``, mean over rows of at least two answers (2301.11270)."""
     return masked_mean(plackett_luce(ranked_rewards, mask), rankings(mask))
@@ -90,6 +99,7 @@ def plackett_luce_loss(ranked_rewards: Float[Array, "b k"], mask: Bool[Array, "b
 # --- Outcomes and steps: binary classification ---
 
 
+@check_shapes
 def binary_cross_entropy(
     logits: Float[Array, "*s"], labels: Float[Array, "*s"] | Bool[Array, "*s"], mask: Bool[Array, "*s"]
 ) -> Float[Array, "*s"]:
@@ -98,6 +108,7 @@ def binary_cross_entropy(
     return jnp.where(mask, jax.nn.softplus(logits) - labels * logits, 0)
 
 
+@check_shapes
 def outcome_loss(
     logits: Float[Array, "b t"], correct: Bool[Array, " b"], loss_mask: Bool[Array, "b t"]
 ) -> Float[Array, ""]:
@@ -110,6 +121,7 @@ def outcome_loss(
     return masked_mean(binary_cross_entropy(logits, labels, loss_mask), loss_mask)
 
 
+@check_shapes
 def process_loss(
     step_logits: Float[Array, "b s"],
     step_labels: Float[Array, "b s"] | Bool[Array, "b s"],
@@ -137,6 +149,7 @@ def empty_covariance(width: int) -> FeatureCovariance:
     return FeatureCovariance(jnp.zeros((width, width), jnp.float32), jnp.zeros((), jnp.float32))
 
 
+@check_shapes
 def add_comparisons(
     covariance: FeatureCovariance, differences: Float[Array, "n d"], mask: Bool[Array, " n"]
 ) -> FeatureCovariance:
@@ -150,6 +163,7 @@ def add_comparisons(
     )
 
 
+@check_shapes
 def pessimistic_rewards(
     rewards: Float[Array, " n"],
     features: Float[Array, "n d"],
@@ -176,6 +190,7 @@ def pessimistic_rewards(
 # --- Calibration ---
 
 
+@check_shapes
 def reward_bias(reference_rewards: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, ""]:
     """What to add to a head's bias so that the references' mean reward is 0 (2403.17031, detail 15)."""
     return -masked_mean(reference_rewards, mask)

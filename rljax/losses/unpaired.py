@@ -11,10 +11,12 @@ from jaxtyping import Array, Bool, Float
 from rljax.losses.logprobs import sequence_logprobs
 from rljax.losses.masked import masked_mean
 from rljax.losses.preferences import sequence_log_ratio
+from rljax.losses.shapes import check_shapes
 
 PerRow = Float[Array, " b"]
 
 
+@check_shapes
 def kto_reference_point(
     mismatched_logprobs: PerRow, mismatched_ref_logprobs: PerRow, mask: Bool[Array, " b"] | None = None
 ) -> Float[Array, ""]:
@@ -28,6 +30,7 @@ def kto_reference_point(
     return jax.lax.stop_gradient(jnp.maximum(masked_mean(ratios, mask), 0))
 
 
+@check_shapes
 def kto(
     logprobs: PerRow,
     ref_logprobs: PerRow,
@@ -46,6 +49,7 @@ def kto(
     return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-margin), undesirable_weight * jax.nn.sigmoid(margin))
 
 
+@check_shapes
 def bco(
     logprobs: PerRow, ref_logprobs: PerRow, desirable: Bool[Array, " b"], shift: Float[Array, ""], *, beta: float
 ) -> PerRow:
@@ -58,6 +62,7 @@ def bco(
     return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
 
 
+@check_shapes
 def kto_loss(
     logprobs: Float[Array, "b t"],
     ref_logprobs: Float[Array, "b t"],
@@ -82,6 +87,7 @@ def kto_loss(
     return masked_mean(losses, jnp.any(loss_mask, axis=-1))
 
 
+@check_shapes
 def bco_loss(
     logprobs: Float[Array, "b t"],
     ref_logprobs: Float[Array, "b t"],

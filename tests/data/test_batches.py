@@ -131,6 +131,20 @@ def test_rows_without_a_prompt_or_with_its_answer_are_named(digits):
         PromptSource([{"prompt": "1"}, {"prompt": "x"}], digits, (4,), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 7}, "prompt of row 1 is 7; it is a text, or a list of messages, each with 'role' and 'content'"),
+        ({"messages": 7}, "messages of row 1 is 7; it is"),
+        ({"messages": [{"content": "1"}]}, "messages of row 1 is .*'role' and 'content'"),
+        ({"prompt": ["1"] * 40}, r"prompt of row 1 is \['1', .*\.\.\.; it is"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_named(digits, row, message):
+    with pytest.raises(DataError, match=message):
+        PromptSource([{"prompt": "1"}, row], digits, (4,), seed=0)
+
+
 def test_supervised_batch_by_hand(digits):
     rows = [{"prompt": "1+1=", "solution": "#2"}, {"prompt": "1+1+1=", "solution": "1+1=2;2+1=3;#3"}]
     source = SupervisedSource(rows, digits, 10, seed=0)
@@ -161,9 +175,18 @@ def test_supervised_conversations_train_every_assistant_turn(data_dir):
         assert tokenizer.hf.decode(tokens[mask]) == "".join(answer + "<|im_end|>" for answer in answers)
 
 
-def test_supervised_row_without_a_completion_is_named(digits):
-    with pytest.raises(DataError, match="row 0 has neither 'prompt' with 'solution', nor 'messages', nor 'text'"):
-        SupervisedSource([{"prompt": "1"}], digits, 4, seed=0)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1"}, "row 0 has neither 'prompt' with 'solution', nor 'messages', nor 'text'"),
+        ({"prompt": "1", "solution": 2}, "solution of row 0 is 2; it is a text"),
+        ({"messages": [{"role": "user"}]}, r"messages of row 0 is \[{'role': 'user'}\]; it is a text"),
+        ({"text": 1}, "text of row 0 is 1; it is a text"),
+    ],
+)
+def test_a_supervised_row_without_text_to_learn_is_named(digits, row, message):
+    with pytest.raises(DataError, match=message):
+        SupervisedSource([row], digits, 4, seed=0)
 
 
 def test_real_prompts_with_a_chat_template(data_dir):

@@ -127,6 +127,8 @@ def test_returns_are_labels_before_the_prompt() -> None:
 def test_rankings_and_verdicts() -> None:
     (ranking, _) = select([*ROUND, sample("2+5", "#7", 1.0)], **rule("ranking", distinct="text"))
     assert ranking["scores"] == [1.0, 1.0, 1.0, 0.0] and len(ranking["completions"]) == 4
+    alike = [sample("1+1", "#2", 1.0), sample("1+1", "2", 1.0)]  # prefer nothing
+    assert len(select([*ROUND, *alike], **rule("ranking"))) == 1
     rows = select(ROUND, **rule("verdicts"))
     assert [row["label"] for row in rows] == [True] * 4 + [False] * 2
     best = select(ROUND, **rule("best"))

@@ -51,6 +51,9 @@ def test_steps_end_in_the_token_that_holds_their_last_character(data_dir):
         ({"prompt": "a", "steps": ["b"], "labels": [1, 0]}, "row 0 has 1 steps and 2 labels"),
         ({"prompt": "a", "steps": ["b", ""], "labels": [1, 0]}, "each step has text and a label"),
         ({"prompt": "a", "completion": "b", "label": 2}, "row 0 has labels \\[2\\]"),
+        ({"prompt": "a", "completion": 3, "label": 1}, "row 0 has \\[3\\] with \\[1\\]; steps are a list of texts"),
+        ({"prompt": "a", "steps": "bc", "labels": [1, 0]}, "row 0 has 'bc' with \\[1, 0\\]; steps are a list of texts"),
+        ({"prompt": 4, "completion": "b", "label": 1}, "prompt of row 0 is 4; it is a text"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(letters, row, message):

@@ -274,7 +274,7 @@ def test_inside_shard_map_the_head_gradient_is_reduced_once():
 def test_wrong_arguments_are_named():
     hidden, head, targets, _, _ = inputs(jnp.float32)
     for arguments, message in [
-        ({"hidden": hidden[:, 1:]}, "one width"),
+        ({"hidden": hidden[:, 1:]}, r"they must be \[N, D\] and \[V, D\]"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"vocab_size": PADDED + 1}, "vocab_size 41"),
         ({"temperature": 0.0}, "temperature is 0"),

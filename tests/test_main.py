@@ -87,6 +87,7 @@ def refused(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
         (["--config.data.train="], "config.data.train is not set"),
         (["--config.reward.names=gsmk"], "there is no reward 'gsmk'; the nearest is 'gsm8k'"),
         (["--config.reward.names=nosuch.module:f"], "cannot import 'nosuch.module'"),
+        (["--config.reward.names=math:pi"], "reward 'math:pi' is 3.14159"),
         (["--config.reward.names=required_words"], "reward 'required_words' fails on a row of the data"),
         (["--config.reward.names=length_cost"], "reward length_cost needs the option 'per_token'"),
         (

@@ -14,6 +14,7 @@ from rljax.losses.masked import masked_mean, masked_sum, zero_masked
 from rljax.losses.shapes import check_shapes
 
 PerToken = Float[Array, "b t"]
+Each = Float[Array, "*s"]  # entries by themselves: of any shape, one for all arrays
 
 
 @check_shapes
@@ -41,19 +42,19 @@ def geometric_importance_weights(
 
 
 @check_shapes
-def truncated_importance(weights: PerToken, cap: float) -> PerToken:
+def truncated_importance(weights: Each, cap: float) -> Each:
     """``min(w, cap)`` (TIS; IMPALA's ρ, 1802.01561)."""
     return jnp.minimum(weights, cap)
 
 
 @check_shapes
-def masked_importance(weights: PerToken, cap: float) -> PerToken:
+def masked_importance(weights: Each, cap: float) -> Each:
     """``w · 1[w <= cap]`` (MIS): what is too far off policy leaves the loss."""
     return jnp.where(weights <= cap, weights, 0)
 
 
 @check_shapes
-def icepop(weights: PerToken, low: float, high: float) -> PerToken:
+def icepop(weights: Each, low: float, high: float) -> Each:
     """``w · 1[low <= w <= high]`` (IcePop, 2510.18855)."""
     return jnp.where((weights >= low) & (weights <= high), weights, 0)
 

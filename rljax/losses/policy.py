@@ -26,25 +26,26 @@ from rljax.losses.shapes import check_shapes
 from rljax.losses.value import clipped_value_loss
 
 PerToken = Float[Array, "b t"]
+Each = Float[Array, "*s"]  # entries by themselves: of any shape, one for all arrays
 Mask = Bool[Array, "b t"]
 
 
 @check_shapes
-def reinforce(logprobs: PerToken, advantages: PerToken) -> PerToken:
+def reinforce(logprobs: Each, advantages: Each) -> Each:
     """``-A · log π`` (Williams 1992); the gradient is the point, the value is not."""
     return -advantages * at_least_float32(logprobs)
 
 
 @check_shapes
-def surrogate(logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken) -> PerToken:
+def surrogate(logprobs: Each, proximal_logprobs: Each, advantages: Each) -> Each:
     """``-A ρ``, without a clip (1707.06347, eq. 6)."""
     return -advantages * jnp.exp(log_ratio(logprobs, proximal_logprobs))
 
 
 @check_shapes
 def clipped_surrogate(
-    logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float, eps_high: float
-) -> PerToken:
+    logprobs: Each, proximal_logprobs: Each, advantages: Each, eps_low: float, eps_high: float
+) -> Each:
     """``max(-A ρ, -A clip(ρ, 1 - ε_low, 1 + ε_high))`` (1707.06347, eq. 7; two edges: DAPO, 2503.14476).
 
     The gradient is 0 above the upper edge where A > 0 and below the lower one where A < 0.
@@ -54,7 +55,7 @@ def clipped_surrogate(
 
 
 @check_shapes
-def dual_clip(losses: PerToken, advantages: PerToken, ceiling: float) -> PerToken:
+def dual_clip(losses: Each, advantages: Each, ceiling: float) -> Each:
     """``min(loss, -c A)`` where A < 0: bounds what a large ratio can cost (1912.09729); c > 1, usually 3."""
     if not ceiling > 1:
         raise ValueError(f"dual_clip got ceiling={ceiling}; it bounds the ratio and must be above 1 (usually 3)")
@@ -62,17 +63,13 @@ def dual_clip(losses: PerToken, advantages: PerToken, ceiling: float) -> PerToke
 
 
 @check_shapes
-def is_clipped_low(
-    logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float
-) -> Bool[Array, "b t"]:
+def is_clipped_low(logprobs: Each, proximal_logprobs: Each, advantages: Each, eps_low: float) -> Bool[Array, "*s"]:
     """Where the lower edge stops the gradient: ρ < 1 - ε_low and A < 0. Its masked mean is a clip fraction."""
     return (jnp.exp(log_ratio(logprobs, proximal_logprobs)) < 1 - eps_low) & (advantages < 0)
 
 
 @check_shapes
-def is_clipped_high(
-    logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_high: float
-) -> Bool[Array, "b t"]:
+def is_clipped_high(logprobs: Each, proximal_logprobs: Each, advantages: Each, eps_high: float) -> Bool[Array, "*s"]:
     """Where the upper edge stops the gradient: ρ > 1 + ε_high and A > 0."""
     return (jnp.exp(log_ratio(logprobs, proximal_logprobs)) > 1 + eps_high) & (advantages > 0)
 
@@ -104,9 +101,7 @@ def gspo_token(
 
 
 @check_shapes
-def cispo(
-    logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, eps_low: float, eps_high: float
-) -> PerToken:
+def cispo(logprobs: Each, proximal_logprobs: Each, advantages: Each, eps_low: float, eps_high: float) -> Each:
     """``-sg[clip(ρ, 1 - ε_low, 1 + ε_high)] · A · log π``: every token keeps a gradient (CISPO, 2506.13585, eq. 4, 5).
 
     ``eps_low >= 1`` leaves the lower side open, as the paper does. For TOKEN_MEAN.
@@ -132,8 +127,8 @@ def gmpo(
 
 @check_shapes
 def sapo(
-    logprobs: PerToken, proximal_logprobs: PerToken, advantages: PerToken, tau_pos: float = 1.0, tau_neg: float = 1.05
-) -> PerToken:
+    logprobs: Each, proximal_logprobs: Each, advantages: Each, tau_pos: float = 1.0, tau_neg: float = 1.05
+) -> Each:
     """``-A · (4/τ) σ(τ (ρ - 1))``, τ by the sign of A: a soft gate for the clip (SAPO, 2511.20347, eq. 5 and 6).
 
     At ρ = 1 the gradient is that of ``-A ρ``. For SEQUENCE_MEAN_TOKEN_MEAN.
@@ -144,7 +139,7 @@ def sapo(
 
 
 @check_shapes
-def entropy_bonus(entropy: PerToken) -> PerToken:
+def entropy_bonus(entropy: Each) -> Each:
     """``-H``: minimising it raises the entropy."""
     return -at_least_float32(entropy)
 
@@ -180,15 +175,15 @@ def highest_covariance(covariance: PerToken, mask: Mask, *, count: Float[Array, 
 
 
 @check_shapes
-def clip_cov(losses: PerToken, selected: Mask) -> PerToken:
+def clip_cov(losses: Each, selected: Bool[Array, "*s"]) -> Each:
     """The loss without a gradient at the selected tokens (Clip-Cov, 2505.22617); its value stays."""
     return jnp.where(selected, lax.stop_gradient(losses), losses)
 
 
 @check_shapes
 def kl_cov(
-    losses: PerToken, logprobs: PerToken, proximal_logprobs: PerToken, selected: Mask, coef: float = 1.0
-) -> PerToken:
+    losses: Each, logprobs: Each, proximal_logprobs: Each, selected: Bool[Array, "*s"], coef: float = 1.0
+) -> Each:
     """``loss + coef · |log ρ|`` at the selected tokens (KL-Cov, 2505.22617, as its code has it)."""
     return losses + jnp.where(selected, coef * jnp.abs(log_ratio(logprobs, proximal_logprobs)), 0)
 

@@ -25,6 +25,8 @@ def import_object(path: str, kind: str) -> Any:
         raise ValueError(f"{kind} {path!r}: cannot import {module_name!r} ({type(error).__name__}: {error})") from error
     public = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if attribute in vars(module):
+        if not callable(vars(module)[attribute]):
+            raise ValueError(f"{kind} {path!r} is {vars(module)[attribute]!r}; name a function or a class")
         return vars(module)[attribute]
     return look_up(attribute, public, f"{kind} in {module_name}")
 

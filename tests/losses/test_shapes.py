@@ -104,7 +104,8 @@ def test_the_cases_are_generated_from_the_signatures():
         *("constant_length", "empty_covariance", "empty_moments", "empty_percentile_scale", "group_ids", "value_bins"),
         *("adaptive_kl_coef", "fixed_kl_coef", "merge_moments", "running_std", "mix_reference"),  # numbers, or trees
         *("dft", "entropy", "log_collision", "log_normalizer", "mean_logprob", "symexp", "symlog", "z_loss", "unimix"),
-        *("append_rest", "scale_by_percentile", "unimix_logprobs"),  # one array of any shape
+        *("append_rest", "entropy_bonus", "icepop", "masked_importance", "scale_by_percentile", "truncated_importance"),
+        "unimix_logprobs",  # one array of any shape
     }
 
 
@@ -116,7 +117,7 @@ def test_an_argument_cut_short_is_refused_by_name(name, argument, place):
     with pytest.raises(ValueError) as refused:
         call(FUNCTIONS[name], shapes)
     message = str(refused.value)
-    assert message.startswith(f"{name}: ") and re.search(r"; (both|they) must be ", message), message
+    assert message.startswith(f"{name}: ") and re.search(r"; (both|they|it) must be ", message), message
     assert re.search(rf"(^|: | and ){re.escape(argument)} (is )?{re.escape(str(list(shapes[argument])))}", message)
 
 

@@ -1,5 +1,6 @@
 """Attention, and the two ways to call it: over whole rows, and for a decode step against a cache."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rljax.sharding import Layout
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 
 QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that scores never take T x T
+BLOCKS, SHORTEST_BLOCK = 4, 64  # shorter ones in so many blocks of queries, each over the keys up to its own end
 
 
 class Cache(NamedTuple):
@@ -76,17 +78,25 @@ def full_attend(
     scale: float,
     chunk: int = QUERY_CHUNK,
 ) -> Attend:
-    """Whole rows at once, as training and scoring need them: no cache."""
+    """Whole rows at once, as training and scoring need them: no cache.
+
+    Positions ascend within a segment, so no query sees a key to its right. Four blocks of queries, each over the keys
+    up to its end, are 5/8 of the work of a whole square.
+    """
 
     def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
+        length = q.shape[1]
 
-        def rows(q: Array, query_positions: Array, query_segments: Array) -> Array:
-            seen = visibility(query_positions, positions, query_segments, segments, window)
-            return attention(q, k, v, seen, scale)
+        def rows(q: Array, query_positions: Array, query_segments: Array, keys: int = length) -> Array:
+            seen = visibility(query_positions, positions[:, :keys], query_segments, segments[:, :keys], window)
+            return attention(q, k[:, :, :keys], v[:, :, :keys], seen, scale)
 
-        if q.shape[1] <= chunk:
-            return rows(q, positions, segments), cache
+        if length <= chunk:
+            block = math.ceil(length / BLOCKS / SHORTEST_BLOCK) * SHORTEST_BLOCK
+            blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
+            parts = [rows(q[:, a:b], positions[:, a:b], segments[:, a:b], b) for a, b in blocks]
+            return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], cache
         # Padding queries belong to segment 0: they see nothing, stay finite and are cut off again.
         split = tuple(_split_columns(x, chunk) for x in (q, positions, segments))
         out = jax.lax.map(lambda part: jax.checkpoint(rows)(*part), split).swapaxes(0, 1)

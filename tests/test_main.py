@@ -134,9 +134,9 @@ def test_a_comparison_that_cannot_be_used_is_named_with_its_file(refused, tmp_pa
     """In the training file, and in the one held out."""
     whole = {"prompt": "1+1=", "chosen": "#2", "rejected": "#3"}
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text(f"{json.dumps(whole)}\n" * 8)
+    good.write_text(f"{json.dumps(whole)}\n" * 16)
     bad.write_text(f"{json.dumps(whole)}\n{json.dumps(row)}\n")
-    algo = ["--config.algo.name=dpo", "--config.algo.beta=0.1", "--config.batch.rows=8", "--config.data.options={}"]
+    algo = ["--config.algo.name=dpo", "--config.algo.beta=0.1", "--config.batch.rows=16", "--config.data.options={}"]
     shared = [*algo, "--config.data.dev=", "--config.data.dev_rows=0", "--config.data.test_rows=0"]
     for train, test in ((bad, ""), (good, bad)):
         said = refused(*shared, f"--config.data.train={train}", f"--config.data.test={test}")

@@ -171,7 +171,7 @@ def leave_one_out(rewards: PerRow, group_id: GroupId) -> PerRow:
 
 
 @check_shapes
-def remax(rewards: PerRow, greedy_rewards: PerRow) -> PerRow:
+def remax(rewards: Float[Array, "*s"], greedy_rewards: Float[Array, "*#s"]) -> Float[Array, "*s"]:
     """Reward less that of the greedy completion of the same prompt (2310.10505, algorithm 1)."""
     return at_least_float32(rewards) - greedy_rewards
 

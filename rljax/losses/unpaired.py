@@ -14,6 +14,7 @@ from rljax.losses.preferences import sequence_log_ratio
 from rljax.losses.shapes import check_shapes
 
 PerRow = Float[Array, " b"]
+OneOrPerRow = Float[Array, ""] | PerRow  # one number for all rows, as it is or repeated in each
 
 
 @check_shapes
@@ -35,7 +36,7 @@ def kto(
     logprobs: PerRow,
     ref_logprobs: PerRow,
     desirable: Bool[Array, " b"],
-    reference_point: Float[Array, ""],
+    reference_point: OneOrPerRow,
     *,
     beta: float,
     desirable_weight: float = 1.0,
@@ -51,7 +52,7 @@ def kto(
 
 @check_shapes
 def bco(
-    logprobs: PerRow, ref_logprobs: PerRow, desirable: Bool[Array, " b"], shift: Float[Array, ""], *, beta: float
+    logprobs: PerRow, ref_logprobs: PerRow, desirable: Bool[Array, " b"], shift: OneOrPerRow, *, beta: float
 ) -> PerRow:
     """BCO: ``−log σ(βr − δ)`` if desirable, ``−log σ(−(βr − δ))`` if not (2404.04656).
 

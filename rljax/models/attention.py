@@ -17,7 +17,9 @@ from rljax.sharding import Layout
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 
 QUERY_CHUNK = 1024  # longer rows are attended in chunks of queries, so that scores never take T x T
-BLOCKS, SHORTEST_BLOCK = 4, 64  # shorter ones in so many blocks of queries, each over the keys up to its own end
+# On CPUs, whose products of small matrices are slow, shorter rows are attended in so many blocks of queries, each over
+# the keys up to its own end.
+BLOCKS, SHORTEST_BLOCK = 4, 64
 
 
 class Cache(NamedTuple):
@@ -80,8 +82,7 @@ def full_attend(
 ) -> Attend:
     """Whole rows at once, as training and scoring need them: no cache.
 
-    Positions ascend within a segment, so no query sees a key to its right. Four blocks of queries, each over the keys
-    up to its end, are 5/8 of the work of a whole square.
+    Positions ascend within a segment, so no query sees a key to its right: four blocks are 5/8 of the whole square.
     """
 
     def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array) -> tuple[Array, Any]:
@@ -93,7 +94,7 @@ def full_attend(
             return attention(q, k[:, :, :keys], v[:, :, :keys], seen, scale)
 
         if length <= chunk:
-            block = math.ceil(length / BLOCKS / SHORTEST_BLOCK) * SHORTEST_BLOCK
+            block = math.ceil(length / BLOCKS / SHORTEST_BLOCK) * SHORTEST_BLOCK if layout.on_cpu else length
             blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
             parts = [rows(q[:, a:b], positions[:, a:b], segments[:, a:b], b) for a, b in blocks]
             return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], cache

@@ -6,7 +6,7 @@ The text is of mixed quality: 40 % of its solutions are worked step by step, the
 answer. The warm start leaves a model with both habits; GRPO finds out which one pays.
 
 Hardware: 2 CPU cores, no network, 4 minutes when quiet (LOG.md). Expected: held-out exact match
-(``eval/score``, 512 problems that no training row shares) of 0 at the start, about 0.45 after the warm start, about 0.9
+(``eval/score``, 512 problems that no training row shares) of 0 at the start, about 0.5 after the warm start, above 0.9
 after GRPO.
 """
 
@@ -63,15 +63,16 @@ def get_config() -> ConfigDict:
     config.algo.clip_low = 0.2
     config.algo.clip_high = 0.28
     config.algo.advantage_mean = "group"
-    config.algo.advantage_std = "batch"
-    config.algo.aggregation = "token_mean"
-    config.steps = 100
+    config.algo.advantage_std = "group"
+    config.algo.aggregation = "sequence_mean_token_mean"
+    config.steps = 80
     config.rollout.prompts_per_step = 32
     config.rollout.group_size = 8
     config.rollout.max_new_tokens = 32
     config.reward.names = ("arithmetic",)
     config.batch.micro_batch_rows = 32  # packed, and small enough for a CPU's caches
     config.optim.learning_rate = 3e-4
+    config.optim.schedule = "linear"
     config.optim.warmup_steps = 5
 
     config.eval.prompts_per_batch = 256

@@ -211,6 +211,7 @@ def method_config(method: Method, seed: int, name: str, folder: Path) -> Any:
         config.algo.update(method.settings)
     config.model.path = str(folder / f"sft-{seed}" / "model")
     config.steps = STEPS
+    config.optim.schedule = "constant"
     config.optim.warmup_steps = min(config.optim.warmup_steps, STEPS // 8)
     config.data.dev = ""
     config.data.dev_rows = 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models.attention import attention, full_attend
+from rljax.models.attention import attention, full_attend, visibility
 from rljax.models.decoder import REMAT_POLICIES, Model, Params, hidden_states, row_positions
 from rljax.models.layers import contract, dot
 from rljax.models.params import init_params
@@ -100,6 +100,35 @@ def test_attention_in_chunks_of_queries_is_attention() -> None:
     for chunk in (4, 6):
         for mine, expected in zip(run(chunk), whole, strict=True):
             np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_of_queries_are_the_whole_square(window: int | None) -> None:
+    """Three blocks of a row of 150: two packed sequences that a block's edge cuts, and one behind padding."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 150, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+    segments = jnp.asarray([[1] * 70 + [2] * 80, [0] * 30 + [1] * 120])
+    positions = jnp.asarray([[*range(70), *range(80)], [0] * 30 + [*range(120)]])
+    seen = visibility(positions, positions, segments, segments, window)
+
+    def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return full_attend(positions, segments, window, layout(), 0.35)(q, k, v, None, 0)[0]
+
+    def square(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen, 0.35)
+
+    def run(attend: Any) -> list[jax.Array]:
+        def total(*heads: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where((segments > 0)[..., None, None], jnp.sin(attend(*heads)), 0))
+
+        program = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile()
+        work.append(program.cost_analysis()["flops"])
+        return jax.tree.leaves(program(q, k, v))
+
+    work: list[float] = []
+    for mine, expected in zip(run(blocks), run(square), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-6)
+    assert work[0] < 0.8 * work[1]
 
 
 def test_attention_by_hand() -> None:

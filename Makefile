@@ -24,7 +24,7 @@ quickstart: $(VENV)/.run  ## train a small model from nothing and watch it learn
 	rm -rf runs/quickstart
 	$(BIN)/python -m rljax.main --config configs/quickstart.py
 
-learning-table: $(VENV)/.run  ## every method on one small task, three seeds, with intervals: an hour on 2 cores
+learning-table: $(VENV)/.run  ## every method on one small task, three seeds, with intervals; long
 	$(BIN)/python -m benchmarks.learning_table
 
 test: $(VENV)/.dev  ## what continuous integration runs

@@ -5,7 +5,7 @@
 The text is of mixed quality: 40 % of its solutions are worked step by step, the others state a guess within 2 of the
 answer. The warm start leaves a model with both habits; GRPO finds out which one pays.
 
-Hardware: 2 CPU cores, no network, 4 minutes when quiet (LOG.md). Expected: held-out exact match
+Hardware: 2 CPU cores, no network, about 4 minutes when quiet (LOG.md). Expected: held-out exact match
 (``eval/score``, 512 problems that no training row shares) of 0 at the start, about 0.5 after the warm start, above 0.9
 after GRPO.
 """

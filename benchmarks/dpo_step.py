@@ -37,7 +37,7 @@ def main() -> None:
     session = endless_session(config)
     report = Report("dpo_step", a.size, a.dtype, batch=2 * PAIRS, prompt=PROMPT, completion=COMPLETION)
     stage = build_stage(session, session.config, 0, None, None)
-    stage.freeze_reference(session.base_params())
+    stage.freeze("reference", session.base_params())
     state, rng = stage.start({"policy": session.base_params()}), np.random.default_rng(0)
     samples: dict[str, list[Sample]] = {"score": [], "update": []}
     first: dict[str, Any] = {}

@@ -102,7 +102,7 @@ def online_stage(session: Session, rows: int = 64) -> Stage:
     source = PromptSource([{"prompt": t} for t in texts], session.tokenizer, config.data.prompt_lengths, seed=0)
     stage = build_stage(session, config, 0, source, RewardRunner([("random", random_reward, 1.0)], workers=1))
     if "ref_logprobs" in stage.algorithm.needs:
-        stage.freeze_reference(session.base_params())
+        stage.freeze("reference", session.base_params())
     return stage
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
 from rljax.models.decoder import Params
 from rljax.pieces import Times
-from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
+from rljax.rollout_metrics import row_metrics
+from rljax.rollouts import Completions, ModelReward, Rival, complete
 from rljax.session import ROLLOUT_KEY
 from rljax.sharding import to_global
 from rljax.stages import Stage

@@ -1,6 +1,7 @@
-"""Cached log-probs of a frozen model over a whole dataset, kept on the hosts and looked up by row."""
+"""References: log-probs cached over a whole dataset and looked up by row; a reference that follows its policy."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int
 
 from rljax.data.batches import DataPosition
+from rljax.models.decoder import Params
 from rljax.sharding import Layout, agree, gather, to_global
 
 
@@ -61,3 +63,9 @@ def load_cache(file: epath.Path) -> CachedLogprobs | None:
         return None
     with file.open("rb") as opened, np.load(opened) as arrays:
         return CachedLogprobs(*(arrays[name] for name in CachedLogprobs._fields))
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=2)
+def moved_mean(mean: Params, params: Params, decay: float) -> Params:
+    """``decay`` of the running mean and the rest of ``params``."""
+    return jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, mean, params)

@@ -25,7 +25,8 @@ from rljax.runs import check_space, is_remote, open_run, versions
 from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
 from rljax.sharding import agree
-from rljax.stages import build_stage, frozen_sources
+from rljax.stage_models import frozen_sources
+from rljax.stages import build_stage
 
 
 @dataclass

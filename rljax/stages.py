@@ -16,15 +16,13 @@ from rljax.forward import Forward, make_reward, make_score, make_teacher, make_v
 from rljax.models.decoder import Model, Params
 from rljax.models.params import param_shardings
 from rljax.optim import make_optimizer, make_schedule, state_shardings
-from rljax.reference import CachedLogprobs
+from rljax.reference import CachedLogprobs, moved_mean
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
 from rljax.session import Session
 from rljax.sharding import in_host_memory, to_global
+from rljax.stage_models import frozen_models, optims, trained_models
 from rljax.steps import TrainState, UpdatePlan, copy_params, init_state, make_divergence, make_update
-
-# Frozen policies: what an algorithm needs of each.
-FROZEN_NEEDS = {"reference": "ref_logprobs", "guide": "guide_logprobs", "teacher": "teacher_topk"}
 
 
 class Snapshot(NamedTuple):
@@ -76,9 +74,8 @@ class Stage:
         rates = {}
         for tree, optim in optims(self.config, self.algorithm).items():
             schedule = make_schedule(optim, max(horizon - optim.freeze_steps, 1))
-            rate = float(
-                schedule(max(step - optim.freeze_steps, 0))
-            )  # in every step: what it compiles, it compiles at once
+            # Asked in every step, so that what it compiles is compiled at once.
+            rate = float(schedule(max(step - optim.freeze_steps, 0)))
             rates[tree] = rate if step >= optim.freeze_steps else 0.0
         return rates
 
@@ -138,9 +135,6 @@ class Stage:
             shardings = in_host_memory(shardings)
         self.frozen[name] = copy_params(params, shardings, self.frozen_dtype(name))
 
-    def freeze_reference(self, params: Params) -> None:
-        self.freeze("reference", params)
-
     def frozen_dtype(self, name: str) -> Any:
         """The compute dtype; that of the master weights for a running mean, whose small moves would round away."""
         moves = name == "reference" and self.config.reference_ema
@@ -172,15 +166,15 @@ class Stage:
             return
         policy, every = state.params["policy"], self.config.reference_reset_steps
         if self.config.reference_ema:
-            self.frozen["reference"] = _moved(self.reference, policy, self.config.reference_ema)
+            self.frozen["reference"] = moved_mean(self.reference, policy, self.config.reference_ema)
         if every and stage_step % every == 0:
-            self.freeze_reference(policy)
+            self.freeze("reference", policy)
 
     def update_critic_mean(self, state: TrainState) -> None:
         """Follow the critic, by as many steps as a rollout has."""
         if self.algorithm.critic_ema:
             steps = self.config.batch.epochs * self.config.batch.minibatches
-            self.critic_mean = _moved(self.critic_mean, state.params["critic"], self.algorithm.critic_ema**steps)
+            self.critic_mean = moved_mean(self.critic_mean, state.params["critic"], self.algorithm.critic_ema**steps)
 
     # -- what a checkpoint holds
 
@@ -309,38 +303,5 @@ def build_stage(
     )
 
 
-def trained_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:
-    scalar = session.scalar_model(config.critic.init_from)._replace(scores=algorithm.critic_outputs)
-    return {tree: session.model if tree == "policy" else scalar for tree in algorithm.trains}
-
-
-def frozen_sources(config: StageConfig, algorithm: Algorithm) -> dict[str, str]:
-    """Where each frozen model of a stage comes from; "start" is what the stage starts from."""
-    named = {"reference": config.reference_from, "guide": config.guide_from, "teacher": config.teacher_from}
-    sources = {name: source for name, source in named.items() if FROZEN_NEEDS[name] in algorithm.needs}
-    sources |= {} if algorithm.trains else {"policy": "start"}
-    scores = config.reward_model_from and algorithm.targets is not None
-    return sources | ({"reward_model": config.reward_model_from} if scores else {})
-
-
-def frozen_models(session: Session, config: StageConfig, algorithm: Algorithm) -> dict[str, Model]:
-    models = {}
-    for name, source in frozen_sources(config, algorithm).items():
-        make = session.scalar_model if name == "reward_model" else session.model_from
-        models[name] = make("" if source == "start" else source)
-    return models
-
-
-def optims(config: StageConfig, algorithm: Algorithm) -> dict[str, Any]:
-    """Each trained tree's optimizer: a critic beside a policy has its own."""
-    beside = len(algorithm.trains) > 1
-    return {tree: config.critic.optim if tree == "critic" and beside else config.optim for tree in algorithm.trains}
-
-
 def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=2)
-def _moved(mean: Params, params: Params, decay: float) -> Params:
-    return jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, mean, params)

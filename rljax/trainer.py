@@ -13,8 +13,9 @@ from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
 from rljax.run import Run, total_steps
 from rljax.samples import SampleWriter, open_source
+from rljax.stage_models import frozen_sources
 from rljax.stage_steps import StepResult, collect_step, offline_step, online_step
-from rljax.stages import Stage, build_stage, frozen_sources
+from rljax.stages import Stage, build_stage
 from rljax.steps import TrainState
 from rljax.usage import usage_metrics
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.metrics import METRICS, MetricsWriter, document, is_measured, undocumented
+from rljax.metric_names import METRICS, document, is_measured, undocumented
+from rljax.metrics import MetricsWriter
 
 pytestmark = pytest.mark.fast
 

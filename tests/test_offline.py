@@ -108,7 +108,7 @@ def test_the_reference_is_scored_once_and_let_go(tmp_path: Path) -> None:
     with opened(offline_config("dpo", tmp_path)) as run:
         stage = built(run)
         params = run.session.base_params()
-        stage.freeze_reference(params)
+        stage.freeze("reference", params)
         score = stage.program("score_reference", 1)
         rows = stage.source.take(DataPosition(), 8)[1]
         expected = np.asarray(score(stage.reference, {"tokens": rows.tokens, "valid": rows.valid}))

@@ -11,10 +11,11 @@ import pytest
 from rljax.collect import collect
 from rljax.config import algo_defaults, make_config
 from rljax.data.batches import DataPosition
-from rljax.metrics import undocumented
+from rljax.metric_names import undocumented
 from rljax.session import open_session
+from rljax.stage_models import frozen_sources
 from rljax.stage_steps import online_step, score
-from rljax.stages import Stage, frozen_sources
+from rljax.stages import Stage
 from rljax.steps import TrainState
 from tests.tiny import tiny_config
 from tests.truths import digit_share, main_stage

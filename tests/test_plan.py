@@ -14,7 +14,7 @@ import pytest
 from rljax.compiles import CompileCounter
 from rljax.config import make_config
 from rljax.main import main
-from rljax.plan import Owner, bytes_by_owner, peaks
+from rljax.memory_plan import Owner, bytes_by_owner, peaks
 from rljax.session import open_session
 from rljax.setup import make_source
 from rljax.stages import Stage, build_stage

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rljax.config import make_config
-from rljax.metrics import is_measured
+from rljax.metric_names import is_measured
 from rljax.run import finish, open_training
 from rljax.session import open_session
 from rljax.trainer import train

@@ -12,7 +12,8 @@ from rljax.data.batches import DataPosition, repeat_prompts
 from rljax.pieces import Written, cut_pieces, overlapped
 from rljax.rewards.base import Score, Span
 from rljax.rewards.runner import RewardRunner
-from rljax.rollouts import Completions, ModelReward, Rival, complete, row_metrics
+from rljax.rollout_metrics import row_metrics
+from rljax.rollouts import Completions, ModelReward, Rival, complete
 from rljax.session import ROLLOUT_KEY
 from rljax.setup import make_source
 from rljax.types import FINISH_END, Prompts, Rollout

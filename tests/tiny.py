@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rljax.config import default_config
-from rljax.metrics import is_measured
+from rljax.metric_names import is_measured
 from rljax.rewards.base import Score
 from tests.configs import tiny
 

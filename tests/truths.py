@@ -47,7 +47,7 @@ def main_stage(session: Session, reward: Callable[..., Any]) -> Stage:
     runner = RewardRunner([("reward", reward, 1.0)], workers=1)
     stage = build_stage(session, config, 0, make_source(session, config), runner)
     if "ref_logprobs" in stage.algorithm.needs:
-        stage.freeze_reference(session.base_params())
+        stage.freeze("reference", session.base_params())
     return stage
 
 

@@ -29,6 +29,7 @@ from rljax.losses.advantages import (
     soft_overlong_penalty,
     update_percentile_scale,
 )
+from rljax.losses.chunked_logprobs import chunked_logprobs, head_logits, reduce_logits_in_chunks
 from rljax.losses.corrections import (
     geometric_importance_weights,
     icepop,
@@ -61,11 +62,8 @@ from rljax.losses.kl import (
 )
 from rljax.losses.logprobs import (
     LogprobStats,
-    chunked_logprobs,
     entropy,
-    head_logits,
     log_normalizer,
-    reduce_logits_in_chunks,
     sequence_logprobs,
     token_logprobs,
     truncated_logprobs,

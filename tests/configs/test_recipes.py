@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rljax.config import ConfigError, make_config, parse
 from rljax.config.build import as_dict
-from rljax.metrics import undocumented
+from rljax.metric_names import undocumented
 from rljax.models import FAMILIES
 from rljax.run import finish, open_training
 from rljax.session import open_session

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rljax.losses.chunked_logprobs import reduce_logits_in_chunks
 from rljax.losses.distillation import (
     append_rest,
     forward_kl,
@@ -17,7 +18,6 @@ from rljax.losses.distillation import (
     topk_divergence,
     topk_logprobs,
 )
-from rljax.losses.logprobs import reduce_logits_in_chunks
 
 pytestmark = pytest.mark.fast
 

@@ -1,0 +1,254 @@
+"""Log-probs and entropy from hidden states and a head, chunk by chunk: no [tokens, vocabulary] buffer either way."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from rljax.losses.logprobs import (
+    LogprobStats,
+    entropy_from,
+    keep_support,
+    log_normalizer,
+    select,
+    token_mask,
+    without_inf,
+)
+from rljax.losses.masked import at_least_float32
+from rljax.losses.shapes import Given, check_shapes, refuse_unequal
+
+
+@check_shapes
+def chunked_logprobs(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"],
+    targets: Int[Array, " n"],
+    *,
+    chunk_size: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    support: Float[Array, " n"] | None = None,
+    with_entropy: bool = False,
+    count: Int[Array, ""] | None = None,
+) -> LogprobStats:
+    """Log-probs (on ``support`` if given) and entropy (of the full distribution) of ``targets``; no [n, v] buffer.
+
+    A scan over chunks of at most ``chunk_size`` tokens whose derivative is written by hand: the forward pass keeps
+    numbers per token only, the backward pass computes the chunk's logits again. Rows of ``head`` from ``vocab_size`` on
+    are padding. ``head`` may be wider than ``hidden`` (float32 parameters, bfloat16 compute): products take operands
+    in ``hidden``'s dtype and accumulate in float32, and so does the gradient of ``head``. Under ``jit`` it follows the
+    shardings of ``hidden`` over n and ``head`` over v; inside ``shard_map`` over the data axes the gradient of ``head``
+    is reduced once instead of once a chunk.
+
+    With ``count`` only that many tokens, the first, are looked at, in both directions and known at run time only: the
+    others get 0 and cost nothing.
+    """
+    _check(head, chunk_size, vocab_size, temperature)
+    head = _varying_like(head, hidden)
+    n = hidden.shape[0]
+    options = _Options(
+        chunk_size, temperature, vocab_size or head.shape[0], support is not None, with_entropy, count is not None
+    )
+    if support is None:
+        support = jnp.zeros(targets.shape, jnp.float32)  # not read
+    logprobs, entropies = _chunked(options, hidden, head, targets, support, jnp.int32(n) if count is None else count)
+    if count is not None:
+        logprobs, entropies = (jnp.where(jnp.arange(n) < count, x, 0) for x in (logprobs, entropies))
+    return LogprobStats(logprobs, entropies if with_entropy else None)
+
+
+@check_shapes
+def reduce_logits_in_chunks(
+    hidden: Float[Array, "n d"],
+    head: Float[Array, "v d"],
+    reducer: Callable[..., Any],
+    rows: tuple[Any, ...] = (),
+    *,
+    chunk_size: int,
+    vocab_size: int | None = None,
+) -> Any:
+    """``reducer(logits, *rows)`` for what needs whole rows of logits (exact KL, Jensen-Shannon, a second head).
+
+    ``rows`` are pytrees of [n, ...] arrays cut along with ``hidden``; ``reducer`` sees chunks of them beside float32
+    logits [chunk, v] and returns a pytree of [chunk, ...] arrays, which come back as [n, ...]. Each chunk is
+    rematerialised in the backward pass, so nothing of size [n, v] is saved. What ``reducer`` closes over gets gradients
+    too; for a second head call ``head_logits`` in it.
+    """
+    _check(head, chunk_size, vocab_size, 1.0)
+    for path, x in jax.tree_util.tree_leaves_with_path(rows):
+        like = Given("hidden", ("n", "d"), hidden.shape)
+        refuse_unequal(
+            "reduce_logits_in_chunks", [like, Given(f"rows{jax.tree_util.keystr(path)}", ("n", "..."), x.shape)]
+        )
+    head = at_least_float32(_varying_like(head, hidden))  # its gradient is summed over chunks
+
+    @jax.checkpoint
+    def chunk(arrays):
+        hidden_chunk, rows_chunk = arrays
+        return reducer(head_logits(hidden_chunk, head, vocab_size=vocab_size), *rows_chunk)
+
+    n = hidden.shape[0]
+    chunks = jax.tree.map(partial(_split, chunk_size=chunk_size), (hidden, rows))
+    return jax.tree.map(partial(_join, n=n), lax.map(chunk, chunks))
+
+
+@check_shapes
+def head_logits(
+    hidden: Float[Array, "n d"], head: Float[Array, "v d"], *, vocab_size: int | None = None
+) -> Float[Array, "n v"]:
+    """``hidden · headᵀ`` in float32, -inf from ``vocab_size`` on; cotangents are cast to ``hidden``'s dtype."""
+    return _hide_padding(_product(hidden, head), vocab_size or head.shape[0])
+
+
+@jax.custom_vjp
+def _product(hidden: Array, head: Array) -> Array:
+    return _dot(hidden, head.astype(hidden.dtype), (1, 1))
+
+
+def _product_fwd(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(hidden, head), (hidden, head)
+
+
+def _product_bwd(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    hidden, head = saved
+    d_hidden, d_head = _product_transposed(cotangent, hidden, head.astype(hidden.dtype))
+    return d_hidden, d_head.astype(head.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _product_transposed(cotangent: Array, hidden: Array, head: Array) -> tuple[Array, Array]:
+    """Cotangents of ``hidden`` (in its dtype) and ``head`` (float32); both operands of both products in one dtype."""
+    cotangent = cotangent.astype(hidden.dtype)
+    return _dot(cotangent, head, (1, 0)).astype(hidden.dtype), _dot(cotangent, hidden, (0, 0))
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
+
+
+def _hide_padding(logits: Array, vocab_size: int) -> Array:
+    if vocab_size == logits.shape[-1]:
+        return logits
+    return jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < vocab_size, logits, -jnp.inf)
+
+
+class _Options(NamedTuple):
+    chunk_size: int
+    temperature: float
+    vocab_size: int
+    truncated: bool
+    with_entropy: bool
+    counted: bool  # how many tokens there are is known at run time
+
+
+def _scaled_logits(options: _Options, hidden: Array, head: Array) -> Array:
+    return _hide_padding(_dot(hidden, head, (1, 1)) / options.temperature, options.vocab_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    options: _Options, hidden: Array, head: Array, targets: Array, support: Array, count: Array
+) -> tuple[Array, Array]:
+    return _chunked_fwd(options, hidden, head, targets, support, count)[0]
+
+
+def _chunked_fwd(options, hidden, head, targets, support, count):
+    compute_head = head.astype(hidden.dtype)
+
+    def chunk(_, arrays):
+        hidden_chunk, targets_chunk, support_chunk = arrays
+        scaled = _scaled_logits(options, hidden_chunk, compute_head)
+        is_token = token_mask(scaled, targets_chunk)
+        full = log_normalizer(scaled)
+        kept = log_normalizer(keep_support(scaled, support_chunk, is_token)) if options.truncated else full
+        nats = entropy_from(scaled, full) if options.with_entropy else jnp.zeros_like(full)
+        return None, (select(scaled, is_token) - kept, nats, full, kept)
+
+    _, results = _scan_chunks(options, chunk, None, (hidden, targets, support), count)
+    logprobs, nats, full, kept = results
+    return (logprobs, nats), (hidden, head, targets, support, count, full, kept, nats)
+
+
+def _chunked_bwd(options, saved, cotangents):
+    hidden, head, targets, support, count, full, kept, nats = saved
+    compute_head = head.astype(hidden.dtype)
+
+    def chunk(d_head, arrays):
+        hidden_chunk, targets_chunk, support_chunk, full, kept, nats, d_logprobs, d_nats = arrays
+        scaled = _scaled_logits(options, hidden_chunk, compute_head)
+        is_token = token_mask(scaled, targets_chunk)
+        inside = keep_support(scaled, support_chunk, is_token) if options.truncated else scaled
+        # d logprob / d z_v = 1[v = token] - q_v on the kept set, d H / d z_v = -p_v (log p_v + H) on the whole.
+        d_scaled = d_logprobs[:, None] * (is_token - jnp.exp(inside - kept[:, None]))
+        if options.with_entropy:
+            logp = scaled - full[:, None]
+            d_scaled -= d_nats[:, None] * jnp.exp(logp) * (without_inf(logp) + nats[:, None])
+        d_hidden, d_head_chunk = _product_transposed(d_scaled / options.temperature, hidden_chunk, compute_head)
+        return d_head + d_head_chunk, d_hidden
+
+    arrays = (hidden, targets, support, full, kept, nats, *cotangents)
+    d_head, d_hidden = _scan_chunks(options, chunk, jnp.zeros_like(head, dtype=full.dtype), arrays, count)
+    return d_hidden, d_head.astype(head.dtype), None, jnp.zeros_like(support), None
+
+
+def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[Array, ...], count: Array) -> Any:
+    """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; where n is counted, over those with tokens only."""
+    n = arrays[0].shape[0]
+    if not options.counted:
+        carry, results = lax.scan(chunk, carry, tuple(_split(x, options.chunk_size) for x in arrays))
+        return carry, jax.tree.map(partial(_join, n=n), results)
+    rows = -(-n // max(1, -(-n // options.chunk_size)))
+    padded = tuple(jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+
+    def cut(start: Array) -> tuple[Array, ...]:
+        return tuple(lax.dynamic_slice_in_dim(x, start, rows) for x in padded)
+
+    def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, results = chunk(state[0], cut(number * rows))
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * rows, axis=0)
+        return carry, jax.tree.map(write, state[1], results)
+
+    shapes = jax.eval_shape(lambda: chunk(carry, cut(jnp.int32(0)))[1])
+    empty = jax.tree.map(lambda s: jnp.zeros((padded[0].shape[0], *s.shape[1:]), s.dtype), shapes)
+    used = (count + rows - 1) // rows
+    carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))
+    return carry, jax.tree.map(lambda x: x[:n], results)
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _split(x: Array, chunk_size: int) -> Array:
+    """[n, ...] to [chunks, rows, ...], zero-padded; strided over n, so that a sharded n is sharded in every chunk."""
+    n = x.shape[0]
+    chunks = max(1, -(-n // chunk_size))
+    rows = -(-n // chunks)
+    x = jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(rows, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x: Array, n: int) -> Array:
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
+
+
+def _varying_like(head: Array, hidden: Array) -> Array:
+    """Inside ``shard_map``: ``head`` varying over the axes of ``hidden``, so that its gradient is summed over them."""
+    return head + jnp.zeros_like(hidden, shape=(), dtype=head.dtype)  # the compiler drops the sum, not the type
+
+
+def _check(head: Array, chunk_size: int, vocab_size: int | None, temperature: float) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; give the tokens of a chunk, at least 1")
+    if vocab_size is not None and not 1 <= vocab_size <= head.shape[0]:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not fit a head of {head.shape[0]} rows; give 1 to {head.shape[0]}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; log-probs need one above 0 (greedy is a sampler's setting)")

@@ -1,6 +1,9 @@
-"""Eight simulated devices, real data where it lies, and nothing from a network."""
+"""Eight simulated devices, quick compilation, real data where it lies, and nothing from a network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,7 +13,22 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from tests.tiny import PROGRAMS, QUICK_COMPILE
+
 jax.config.update("jax_num_cpu_devices", 8)
+
+if PROGRAMS not in os.environ:  # of the first process; the others find it there
+    os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="rljax-tests-")
+    atexit.register(shutil.rmtree, os.environ[PROGRAMS], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Slow tests, which train, run what users run; the others are compiled quickly, unless somebody set flags."""
+    if config.option.markexpr != "slow":
+        os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE["XLA_FLAGS"])
+
 
 ROOT = Path(__file__).resolve().parent.parent
 

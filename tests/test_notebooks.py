@@ -29,6 +29,7 @@ def test_starts_in_a_bare_runtime_and_is_stored_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # they train: quick code takes longer than quick compilation gains
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.chdir(tmp_path)  # what a notebook writes stays out of the source tree
     notebook = nbformat.read(path, as_version=4)

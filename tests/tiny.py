@@ -1,14 +1,10 @@
 """The smallest whole run: as a config for this process, as a command for others, and what it leaves behind."""
 
-import atexit
-import functools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,9 @@ from tests.configs import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Half the compile time; what two runs have in common does not depend on it.
-QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# A third of the compile time; what two runs have in common does not depend on it.
+QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
+PROGRAMS = "RLJAX_TEST_PROGRAMS"  # names the folder of the programs that were compiled in this test session
 
 
 def tiny_config(**overrides: Any) -> ConfigDict:
@@ -57,12 +54,9 @@ def run(command: list[str], log: Path, **env: str) -> int:
         process.kill()
 
 
-@functools.cache
 def programs() -> Path:
     """Compiled programs of this test session, for all its processes."""
-    folder = tempfile.mkdtemp(prefix="rljax-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return Path(os.environ[PROGRAMS])
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from rljax.session import open_session
 from rljax.shrink import shrink
 from rljax.trainer import train
 from tests.conftest import ROOT
-from tests.tiny import lines, programs
+from tests.tiny import lines
 
 FILES = (
     "ares",
@@ -476,14 +476,10 @@ def test_a_recipe_trains_when_shrunk(name: str, tmp_path: Path) -> None:
     """Two steps of every stage on two devices, all of one shape: programs are shared through the cache."""
     small, _ = shrink(RECIPES[name]())
     small.output_dir = str(tmp_path / "run")
-    jax.config.update("jax_compilation_cache_dir", str(programs()))
-    try:
-        session = open_session(make_config(small), jax.devices()[:2])
-        with open_training(session) as opened:
-            train(opened)
-            finish(opened)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+    session = open_session(make_config(small), jax.devices()[:2])
+    with open_training(session) as opened:
+        train(opened)
+        finish(opened)
     records = [record for record in lines(tmp_path / "run") if "train/skipped" in record]
     assert [record["phase"] for record in records] == [stage for stage in session.config.recipe for _ in range(2)]
     losses = [record["train/loss"] for record in records if "train/loss" in record]

@@ -142,7 +142,7 @@ def run_seed(seed: int, names: list[str], folder: Path) -> dict[str, dict[str, A
 
     def trained(config: Any) -> dict[str, Any]:
         correct, last = run(config)
-        return {"correct": correct.tolist(), "last": last}
+        return {"correct": correct.astype(int).tolist(), "last": last}
 
     def warm_start() -> dict[str, Any]:
         config = common(seed, f"sft-{seed}", folder)
@@ -180,6 +180,16 @@ def run_seed(seed: int, names: list[str], folder: Path) -> dict[str, dict[str, A
     for name, result in results.items():
         result["drift"] = report.get(name, {})
     return results
+
+
+def results_of_seed(seed: int, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """What ``run_seed`` finds, kept in one file a seed: the table can be printed from those alone."""
+    file = folder / f"seed-{seed}.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if not {"start", *names} <= set(kept):
+        kept = run_seed(seed, names, folder)
+        file.write_text(json.dumps(kept))
+    return {name: kept[name] for name in ("start", *names)}
 
 
 def table(by_seed: dict[int, dict[str, dict[str, Any]]]) -> tuple[str, list[str]]:
@@ -227,7 +237,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     start_devices(make_config(quickstart()))
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    found = {seed: run_seed(seed, options.methods.split(";"), options.folder) for seed in seeds}
+    found = {seed: results_of_seed(seed, options.methods.split(";"), options.folder) for seed in seeds}
     text, surprises = table(found)
     (options.folder / "table.md").write_text(text + "\n")
     print(text)

@@ -151,7 +151,7 @@ def load_tokenizer(
         if is_local and not any("token" in file.name or "vocab" in file.name for file in Path(folder).iterdir()):
             raise ValueError(f"{path} has no tokenizer.json; copy the model's tokenizer there or set tokenizer.path")
         try:
-            hf = AutoTokenizer.from_pretrained(folder)
+            hf = AutoTokenizer.from_pretrained(folder, local_files_only=is_local)  # a broken folder asks no network
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError by kind of damage
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if not is_local:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from rljax.data.arithmetic import ALPHABET
 from rljax.data.tokenizer import character_tokenizer, load_tokenizer
@@ -91,6 +92,21 @@ def test_missing_and_broken_folders_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer can be read from") as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_local_folder_asks_no_network(tmp_path, monkeypatch, is_local):
+    asked = []
+
+    def refuse(folder, **options):
+        asked.append(options["local_files_only"])
+        raise ValueError("broken")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="broken"):
+        load_tokenizer(str(tmp_path) if is_local else "somebody/model", embedding_size=10)
+    assert asked == [is_local]
 
 
 @pytest.mark.parametrize("folder", [STORIES, "models/tinystories656K-hf", "tokenizers/gpt2", "tokenizers/olmo2-dolma2"])

@@ -28,7 +28,7 @@ def random_pairs(rng: np.random.Generator, vocab: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    a = arguments(__doc__, micro=4)
+    a = arguments(__doc__, micro=8)
     config = grpo_config(a.size, a.dtype, **{"batch.micro_batch_rows": a.micro})
     with config.unlocked():
         config.algo = algo_defaults("dpo")

@@ -20,6 +20,8 @@ from rljax.packing import by_shard, map_rows
 from rljax.sharding import Layout, fetched
 from rljax.types import Outputs
 
+CPU_VOCAB_BLOCK = 2048  # entries of the vocabulary whose logits stay in a core's cache beside the products' operands
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -103,6 +105,7 @@ class Forward:
                 support=support,
                 with_entropy=with_entropy,
                 count=reads.count,
+                vocab_block=CPU_VOCAB_BLOCK if self.layout.on_cpu and self.layout.tensor == 1 else None,
             )
 
         stats = head_pass(support, "entropy" in needs)

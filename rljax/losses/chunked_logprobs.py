@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from rljax.losses.logprobs import (
@@ -34,6 +35,7 @@ def chunked_logprobs(
     support: Float[Array, " n"] | None = None,
     with_entropy: bool = False,
     count: Int[Array, ""] | None = None,
+    vocab_block: int | None = None,
 ) -> LogprobStats:
     """Log-probs (on ``support`` if given) and entropy (of the full distribution) of ``targets``; no [n, v] buffer.
 
@@ -45,13 +47,22 @@ def chunked_logprobs(
     is reduced once instead of once a chunk.
 
     With ``count`` only that many tokens, the first, are looked at, in both directions and known at run time only: the
-    others get 0 and cost nothing.
+    others get 0 and cost nothing. With ``vocab_block`` a chunk's logits exist for about so many entries of the
+    vocabulary at a time, as a CPU's caches like it; a head that is sharded over v cannot be cut so.
     """
     _check(head, chunk_size, vocab_size, temperature)
+    if vocab_block is not None and vocab_block < 1:
+        raise ValueError(f"vocab_block is {vocab_block}; give the entries of a block, at least 1, or None")
     head = _varying_like(head, hidden)
-    n = hidden.shape[0]
+    n, v = hidden.shape[0], head.shape[0]
     options = _Options(
-        chunk_size, temperature, vocab_size or head.shape[0], support is not None, with_entropy, count is not None
+        chunk_size,
+        temperature,
+        vocab_size or v,
+        support is not None,
+        with_entropy,
+        count is not None,
+        vocab_blocks=_blocks(v, vocab_block or v),
     )
     if support is None:
         support = jnp.zeros(targets.shape, jnp.float32)  # not read
@@ -146,10 +157,48 @@ class _Options(NamedTuple):
     truncated: bool
     with_entropy: bool
     counted: bool  # how many tokens there are is known at run time
+    vocab_blocks: int
 
 
-def _scaled_logits(options: _Options, hidden: Array, head: Array) -> Array:
-    return _hide_padding(_dot(hidden, head, (1, 1)) / options.temperature, options.vocab_size)
+def _blocks(vocab: int, longest: int) -> int:
+    """Into how many equal blocks of at most ``longest`` entries a vocabulary is cut; 1 where they would be tiny."""
+    block = max(size for size in range(1, min(longest, vocab) + 1) if vocab % size == 0)
+    return vocab // block if 2 * block > longest else 1
+
+
+def _table_blocks(options: _Options, table: Array) -> tuple[Array, Array]:
+    """[blocks, v / blocks, d], and where in the vocabulary each begins."""
+    blocks = table.reshape(options.vocab_blocks, -1, table.shape[-1])
+    return blocks, jnp.arange(options.vocab_blocks) * blocks.shape[1]
+
+
+class _Logits(NamedTuple):
+    """A chunk's logits of a block of the vocabulary, over the temperature."""
+
+    scaled: Array
+    is_token: Array
+    inside: Array  # -inf outside the support
+
+
+def _logits(options: _Options, hidden: Array, table: Array, first: Array, targets: Array, support: Array) -> _Logits:
+    scaled = _dot(hidden, table, (1, 1)) / options.temperature
+    if options.vocab_blocks == 1:
+        scaled = _hide_padding(scaled, options.vocab_size)
+    elif options.vocab_size < options.vocab_blocks * table.shape[0]:
+        real = lax.broadcasted_iota(jnp.int32, scaled.shape, 1) < options.vocab_size - first
+        scaled = jnp.where(real, scaled, -jnp.inf)
+    is_token = token_mask(scaled, targets - first.astype(targets.dtype))
+    return _Logits(scaled, is_token, keep_support(scaled, support, is_token) if options.truncated else scaled)
+
+
+def narrowed(x: Array, dtype: Any) -> Array:
+    """``x`` in ``dtype``: float32 to bfloat16 by whole numbers, which XLA vectorises on CPUs and its conversion not."""
+    if (x.dtype, dtype) != (jnp.float32, jnp.bfloat16):
+        return x.astype(dtype)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    nearest = (bits + jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))) >> 16  # ties to even
+    nearest = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), nearest)  # rounding must not carry it over to 0
+    return lax.bitcast_convert_type(nearest.astype(jnp.uint16), jnp.bfloat16)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,17 +208,32 @@ def _chunked(
     return _chunked_fwd(options, hidden, head, targets, support, count)[0]
 
 
-def _chunked_fwd(options, hidden, head, targets, support, count):
-    compute_head = head.astype(hidden.dtype)
+def _chunked_fwd(options, *inputs):
+    inputs = tuple(x.value if isinstance(x, CustomVJPPrimal) else x for x in inputs)
+    hidden, head, targets, support, count = inputs
+    tables = _table_blocks(options, head.astype(hidden.dtype))
 
     def chunk(_, arrays):
         hidden_chunk, targets_chunk, support_chunk = arrays
-        scaled = _scaled_logits(options, hidden_chunk, compute_head)
-        is_token = token_mask(scaled, targets_chunk)
-        full = log_normalizer(scaled)
-        kept = log_normalizer(keep_support(scaled, support_chunk, is_token)) if options.truncated else full
-        nats = entropy_from(scaled, full) if options.with_entropy else jnp.zeros_like(full)
-        return None, (select(scaled, is_token) - kept, nats, full, kept)
+
+        def block(table_and_first):
+            table, first = table_and_first
+            z = _logits(options, hidden_chunk, table, first, targets_chunk, support_chunk)
+            full = log_normalizer(z.scaled)
+            kept = log_normalizer(z.inside) if options.truncated else full
+            nats = entropy_from(z.scaled, without_inf(full)) if options.with_entropy else jnp.zeros_like(full)
+            return select(z.scaled, z.is_token), nats, full, kept
+
+        if options.vocab_blocks == 1:
+            chosen, nats, full, kept = block(jax.tree.map(lambda x: x[0], tables))
+            return None, (chosen - kept, nats, full, kept)
+        chosen, nats, fulls, kepts = (x.T for x in lax.map(block, tables))
+        full, kept = log_normalizer(fulls), log_normalizer(kepts)
+        if options.with_entropy:  # which block, and which entry of it
+            nats = entropy_from(fulls, full) + jnp.sum(jnp.exp(fulls - full[:, None]) * nats, axis=-1)
+        else:
+            nats = jnp.zeros_like(full)
+        return None, (jnp.sum(chosen, axis=-1) - kept, nats, full, kept)
 
     _, results = _scan_chunks(options, chunk, None, (hidden, targets, support), count)
     logprobs, nats, full, kept = results
@@ -178,37 +242,63 @@ def _chunked_fwd(options, hidden, head, targets, support, count):
 
 def _chunked_bwd(options, saved, cotangents):
     hidden, head, targets, support, count, full, kept, nats = saved
-    compute_head = head.astype(hidden.dtype)
+    tables = _table_blocks(options, head.astype(hidden.dtype))
 
     def chunk(d_head, arrays):
         hidden_chunk, targets_chunk, support_chunk, full, kept, nats, d_logprobs, d_nats = arrays
-        scaled = _scaled_logits(options, hidden_chunk, compute_head)
-        is_token = token_mask(scaled, targets_chunk)
-        inside = keep_support(scaled, support_chunk, is_token) if options.truncated else scaled
-        # d logprob / d z_v = 1[v = token] - q_v on the kept set, d H / d z_v = -p_v (log p_v + H) on the whole.
-        d_scaled = d_logprobs[:, None] * (is_token - jnp.exp(inside - kept[:, None]))
-        if options.with_entropy:
-            logp = scaled - full[:, None]
-            d_scaled -= d_nats[:, None] * jnp.exp(logp) * (without_inf(logp) + nats[:, None])
-        d_hidden, d_head_chunk = _product_transposed(d_scaled / options.temperature, hidden_chunk, compute_head)
-        return d_head + d_head_chunk, d_hidden
+        kept = kept if options.truncated else full
 
-    arrays = (hidden, targets, support, full, kept, nats, *cotangents)
-    d_head, d_hidden = _scan_chunks(options, chunk, jnp.zeros_like(head, dtype=full.dtype), arrays, count)
+        def d_logits(table, first):
+            z = _logits(options, hidden_chunk, table, first, targets_chunk, support_chunk)
+            # d logprob / d z_v = 1[v = token] - q_v on the kept set, d H / d z_v = -p_v (log p_v + H) on the whole.
+            q = jnp.exp(z.inside - kept[:, None])
+            d_scaled = d_logprobs[:, None] * (z.is_token - q)
+            if d_nats is not None:
+                logp = z.scaled - full[:, None]
+                p = jnp.exp(logp) if options.truncated else q
+                d_scaled -= d_nats[:, None] * p * (without_inf(logp) + nats[:, None])
+            return d_scaled / options.temperature
+
+        if options.vocab_blocks == 1:
+            table, first = jax.tree.map(lambda x: x[0], tables)
+            d_hidden, d_head_chunk = _product_transposed(d_logits(table, first), hidden_chunk, table)
+            return d_head + d_head_chunk, d_hidden
+        # A product whose left operand has its summed axis first is six times as slow in bfloat16 (XLA on CPUs).
+        transposed = lax.optimization_barrier(hidden_chunk.T)
+
+        def block(d_hidden, block):
+            table, first, d_table = block
+            cotangent = lax.optimization_barrier(narrowed(d_logits(table, first), hidden.dtype))
+            return d_hidden + _dot(cotangent, table, (1, 0)), d_table + _dot(transposed, cotangent, (1, 0))
+
+        zeros = jnp.zeros_like(hidden_chunk, dtype=full.dtype)
+        d_hidden, d_head = lax.scan(block, zeros, (*tables, d_head))
+        return d_head, d_hidden.astype(hidden.dtype)
+
+    d_logprobs, d_nats = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    if d_logprobs is None:
+        d_logprobs = jnp.zeros_like(full)
+    arrays = (hidden, targets, support, full, kept, nats, d_logprobs, d_nats)
+    zeros = jnp.zeros_like(head, dtype=full.dtype)
+    if options.vocab_blocks > 1:  # [blocks, d, v / blocks]
+        zeros = _table_blocks(options, zeros)[0].swapaxes(1, 2)
+    d_head, d_hidden = _scan_chunks(options, chunk, zeros, arrays, count)
+    if options.vocab_blocks > 1:
+        d_head = d_head.swapaxes(1, 2).reshape(head.shape)
     return d_hidden, d_head.astype(head.dtype), None, jnp.zeros_like(support), None
 
 
-def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[Array, ...], count: Array) -> Any:
+def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[Array | None, ...], count: Array) -> Any:
     """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; where n is counted, over those with tokens only."""
-    n = arrays[0].shape[0]
+    n = len(jax.tree.leaves(arrays)[0])
     if not options.counted:
-        carry, results = lax.scan(chunk, carry, tuple(_split(x, options.chunk_size) for x in arrays))
+        carry, results = lax.scan(chunk, carry, jax.tree.map(partial(_split, chunk_size=options.chunk_size), arrays))
         return carry, jax.tree.map(partial(_join, n=n), results)
     rows = -(-n // max(1, -(-n // options.chunk_size)))
-    padded = tuple(jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)) for x in arrays)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)), arrays)
 
-    def cut(start: Array) -> tuple[Array, ...]:
-        return tuple(lax.dynamic_slice_in_dim(x, start, rows) for x in padded)
+    def cut(start: Array) -> tuple[Array | None, ...]:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, rows), padded)
 
     def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
         carry, results = chunk(state[0], cut(number * rows))
@@ -216,13 +306,14 @@ def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[A
         return carry, jax.tree.map(write, state[1], results)
 
     shapes = jax.eval_shape(lambda: chunk(carry, cut(jnp.int32(0)))[1])
-    empty = jax.tree.map(lambda s: jnp.zeros((padded[0].shape[0], *s.shape[1:]), s.dtype), shapes)
+    empty = jax.tree.map(lambda s: jnp.zeros((n + -n % rows, *s.shape[1:]), s.dtype), shapes)
     used = (count + rows - 1) // rows
     carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))
     return carry, jax.tree.map(lambda x: x[:n], results)
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+# Who asks for entropy only to look at it does not pay for its derivative.
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
 
 
 def _split(x: Array, chunk_size: int) -> Array:

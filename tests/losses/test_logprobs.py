@@ -19,6 +19,7 @@ from rljax.losses import (
     token_logprobs,
     truncated_logprobs,
 )
+from rljax.losses.chunked_logprobs import narrowed
 
 N, D, V, PADDED = 23, 8, 37, 40
 
@@ -88,15 +89,16 @@ def results_of(function, hidden, head, weights):
     return *values, *gradients
 
 
+@pytest.mark.parametrize("block", [None, 4, 10])
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 23, 64])
 @pytest.mark.parametrize("truncated", [False, True])
-def test_chunked_equals_dense_in_float64(chunk_size, truncated):
+def test_chunked_equals_dense_in_float64(chunk_size, truncated, block):
     with jax.enable_x64(True):
         hidden, head, targets, weights, support = inputs(jnp.float64)
         support = support if truncated else None
         head = head.at[V:].set(1e3)  # padding must not count
         options = {"targets": targets, "temperature": 0.7, "vocab_size": V, "support": support}
-        chunked = partial(chunked_logprobs, chunk_size=chunk_size, with_entropy=True, **options)
+        chunked = partial(chunked_logprobs, chunk_size=chunk_size, with_entropy=True, vocab_block=block, **options)
         actual = results_of(chunked, hidden, head, weights)
         for a, b in zip(actual, results_of(partial(dense, **options), hidden, head, weights), strict=True):
             assert a.dtype == jnp.float64
@@ -104,17 +106,17 @@ def test_chunked_equals_dense_in_float64(chunk_size, truncated):
         np.testing.assert_array_equal(actual[3][V:], 0.0)
 
 
+@pytest.mark.parametrize("block", [None, 10])
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 23])
-def test_counted_tokens_are_the_dense_ones_and_the_rest_is_nothing(count):
+def test_counted_tokens_are_the_dense_ones_and_the_rest_is_nothing(count, block):
     """Values and gradients of a loss of the first ``count`` tokens, in chunks of 8: the others are not looked at."""
     with jax.enable_x64(True):
         hidden, head, targets, weights, support = inputs(jnp.float64)
         spoilt = hidden.at[count:].set(jnp.nan) if count % 8 == 0 else hidden  # a chunk is computed whole
 
         def loss(hidden, head, count):
-            stats = chunked_logprobs(
-                hidden, head, targets, chunk_size=8, vocab_size=V, support=support, with_entropy=True, count=count
-            )
+            options = {"chunk_size": 8, "vocab_size": V, "vocab_block": block}
+            stats = chunked_logprobs(hidden, head, targets, support=support, with_entropy=True, count=count, **options)
             return jnp.sum(weights[0] * stats.logprobs + weights[1] * stats.entropy), stats
 
         def expected(hidden, head):
@@ -127,6 +129,84 @@ def test_counted_tokens_are_the_dense_ones_and_the_rest_is_nothing(count):
         for ours, theirs in zip(gradients, jax.grad(expected, argnums=(0, 1))(hidden, head), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
         assert not np.asarray(stats.logprobs)[count:].any() and not np.asarray(stats.entropy)[count:].any()
+
+
+def test_a_block_of_padding_alone_has_no_part():
+    with jax.enable_x64(True):
+        hidden, head, targets, weights, _ = inputs(jnp.float64)
+        options = {"targets": targets % 25, "vocab_size": 25}
+        blocks = partial(chunked_logprobs, chunk_size=5, with_entropy=True, vocab_block=10, **options)
+        expected = results_of(partial(dense, **options), hidden, head, weights)
+        for a, b in zip(results_of(blocks, hidden, head, weights), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_blocks_divide_the_vocabulary_or_are_not_made():
+    """Read off the program: 40 entries in blocks of at most 10, 12 and 8; a prime has no blocks."""
+    hidden, head, targets, _, _ = inputs(jnp.float32)
+
+    def logits(head, block):
+        function = partial(chunked_logprobs, chunk_size=23, vocab_block=block)
+        return re.findall(
+            r"dot_general.*-> tensor<23x(\d+)xf32>", jax.jit(function).lower(hidden, head, targets).as_text()
+        )
+
+    assert [logits(head, block) for block in (None, 10, 12, 8)] == [["40"], ["10"], ["10"], ["8"]]
+    assert logits(head[:37], 10) == ["37"]
+
+
+@pytest.mark.parametrize("block", [None, 10])
+def test_entropy_that_is_only_looked_at_has_no_derivative(block):
+    """The log-probs' gradient is the same bits, and takes no more exponentials, with the entropy beside it."""
+    hidden, head, targets, _, _ = inputs(jnp.float32)
+
+    def loss(with_entropy, hidden, head):
+        options = {"chunk_size": 8, "vocab_block": block, "with_entropy": with_entropy}
+        stats = chunked_logprobs(hidden, head, targets, **options)
+        return stats.logprobs.sum(), stats.entropy
+
+    def backward_exponentials(loss):
+        forward, both = (
+            str(jax.make_jaxpr(f)(hidden, head)).count(" exp ") for f in (loss, jax.grad(loss, (0, 1), has_aux=True))
+        )
+        assert forward > 0
+        return both - forward
+
+    losses = [partial(loss, with_entropy) for with_entropy in (False, True)]
+    (alone, _), (beside, nats) = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(hidden, head) for f in losses)
+    assert nats is not None
+    for a, b in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert backward_exponentials(losses[0]) == backward_exponentials(losses[1]) == 1
+
+    def regularised(hidden, head):
+        value, nats = losses[1](hidden, head)
+        return value + nats.sum(), nats
+
+    assert backward_exponentials(regularised) == 1  # and shares it where there is a derivative
+
+
+def test_blocks_in_bfloat16_round_as_the_conversion_does():
+    """Gradients by whole-number rounding against those of one block, which XLA's conversion rounds; NaN stays NaN."""
+    hidden, head, targets, weights, _ = inputs(jnp.float32)
+    hidden = hidden.astype(jnp.bfloat16)
+
+    def gradients(hidden, block):
+        def loss(hidden, head):
+            stats = chunked_logprobs(hidden, head, targets, chunk_size=8, with_entropy=True, vocab_block=block)
+            return jnp.sum(weights[0] * stats.logprobs + weights[1] * stats.entropy)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
+
+    for ours, theirs in zip(gradients(hidden, 10), gradients(hidden, None), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), rtol=2**-6, atol=2**-8)
+    assert jnp.isnan(gradients(hidden.at[0, 0].set(jnp.nan), 10)[1]).any()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.float32)
+    special = jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, 1e-40], jnp.float32)
+    x = jnp.concatenate([x, special])
+    np.testing.assert_array_equal(narrowed(x, jnp.bfloat16).view(jnp.uint16), x.astype(jnp.bfloat16).view(jnp.uint16))
+    all_ones = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF], jnp.uint32).view(jnp.float32)
+    assert jnp.isnan(narrowed(all_ones, jnp.bfloat16)).all()
 
 
 def test_chunked_equals_dense_in_float32():
@@ -278,6 +358,7 @@ def test_wrong_arguments_are_named():
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"vocab_size": PADDED + 1}, "vocab_size 41"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"vocab_block": 0}, "vocab_block is 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             chunked_logprobs(**({"hidden": hidden, "head": head, "targets": targets, "chunk_size": 4} | arguments))

@@ -23,6 +23,11 @@ from rljax.types import Outputs
 CPU_VOCAB_BLOCK = 2048  # entries of the vocabulary whose logits stay in a core's cache beside the products' operands
 
 
+def vocab_block(layout: Layout) -> int | None:
+    """Entries of the vocabulary whose logits exist at once; None: all of them."""
+    return CPU_VOCAB_BLOCK if layout.on_cpu and layout.tensor == 1 else None
+
+
 @dataclass(frozen=True)
 class Forward:
     """How rows go through a model: static, closed over by every program."""
@@ -105,7 +110,7 @@ class Forward:
                 support=support,
                 with_entropy=with_entropy,
                 count=reads.count,
-                vocab_block=CPU_VOCAB_BLOCK if self.layout.on_cpu and self.layout.tensor == 1 else None,
+                vocab_block=vocab_block(self.layout),
             )
 
         stats = head_pass(support, "entropy" in needs)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rljax.config import RolloutConfig
-from rljax.forward import tree_outputs
+from rljax.forward import tree_outputs, vocab_block
+from rljax.losses.chunked_logprobs import count_blocks
 from rljax.models.attention import QUERY_CHUNK
 from rljax.models.kernels import choose
 from rljax.models.layers import wide_dtype
@@ -126,12 +127,13 @@ def _update_owners(stage: Stage) -> list[Owner]:
     layer = sum(math.prod(x.shape[1:]) for x in jax.tree.leaves(session.abstract_policy()["layers"]))
     tokens = local_rows * (row_length(stage) - prompt_length(stage) * stage.online)
     chunk = min(session.config.model.logits_chunk, tokens)
+    blocks = count_blocks(c.padded_vocab, vocab_block(layout) or c.padded_vocab)
     gradients = _local_bytes(_abstract_trees(stage))
     return [
         Owner("gradients", gradients * (1 + (micro < minibatch)), "update"),
         Owner("gathered weights", tables + layer // layout.tensor * (wide + 2 * item), "update"),
         Owner("activations", activations, "update"),
-        Owner("logits chunk", 3 * chunk * c.padded_vocab // layout.tensor * wide, "update"),
+        Owner("logits chunk", 3 * chunk * c.padded_vocab // blocks // layout.tensor * wide, "update"),
     ]
 
 

@@ -27,6 +27,7 @@ from rljax.types import Prompts
 
 SHRINK_FACTOR = 4  # how much smaller each further loop is
 SMALLEST_LOOP = 4  # slots; a loop of its own is not worth its compilation below
+SHORTEST_LAP = 96  # columns of a ring whose first half is worth a loop of its own, which reads no more
 
 
 def decode_with_refill(
@@ -51,11 +52,17 @@ def decode_with_refill(
     sizes = [plan.slots]
     while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         sizes.append(sizes[-1] // SHRINK_FACTOR)
-    state = _start(r)
+    ring = r.budget // 2 if layout.on_cpu and r.budget >= SHORTEST_LAP else r.budget
+    state = _start(r, ring)
+    if ring < r.budget:
+        left = sizes[1] if len(sizes) > 1 else 0
+        body = partial(_step, r, True, left, ring)
+        state = jax.lax.while_loop(lambda s: s.busy & (s.step < ring), body, state._replace(busy=_busy(r, left, state)))
+        state = _with_whole_ring(r, state)
     for number, size in enumerate(sizes):
         left = sizes[number + 1] if number + 1 < len(sizes) else 0
         state = _shrunk(r, state, size) if number else state
-        body = partial(_step, r, number == 0, left)
+        body = partial(_step, r, number == 0, left, r.budget)
         state = jax.lax.while_loop(lambda s: s.busy, body, state._replace(busy=_busy(r, left, state)))
     w = state.written
     sampled = jnp.arange(-r.width, r.budget)[None] < w.lengths[:, None]
@@ -68,8 +75,8 @@ def step_counts(rows: int, steps: Array, slot_steps: Array) -> tuple[Int[Array, 
     return jnp.full(rows, steps, jnp.int32), jnp.full(rows, slot_steps / rows, jnp.float32)
 
 
-def _start(r: Refill) -> Loop:
-    """Empty slots, no prompt at hand, nothing written."""
+def _start(r: Refill, ring: int) -> Loop:
+    """Empty slots with the first ``ring`` columns of their ring, no prompt at hand, nothing written."""
     width, slots, entries = r.model.config.width, r.plan.slots, r.plan.entries(r.groups)
     row = (r.requests, r.width + r.budget)
     return Loop(
@@ -84,7 +91,7 @@ def _start(r: Refill) -> Loop:
             age=jnp.zeros(slots, jnp.int32),
             running=jnp.zeros(slots, bool),
             hidden=jnp.zeros((slots, width), r.dtype),
-            cache=_stacks(r, empty_cache(r.model, r.layout, slots, r.budget, r.cache_dtype)),
+            cache=_stacks(r, empty_cache(r.model, r.layout, slots, ring, r.cache_dtype)),
         ),
         entries=Entries(
             prompt=jnp.zeros(entries, jnp.int32),
@@ -104,14 +111,22 @@ def _start(r: Refill) -> Loop:
     )
 
 
+def _with_whole_ring(r: Refill, s: Loop) -> Loop:
+    def begins(whole: Array, half: Array) -> Array:
+        return jax.lax.dynamic_update_slice(whole, half, (jnp.int32(0),) * whole.ndim)
+
+    whole = _stacks(r, empty_cache(r.model, r.layout, r.plan.slots, r.budget, r.cache_dtype))
+    return s._replace(slots=s.slots._replace(cache=jax.tree.map(begins, whole, s.slots.cache)))
+
+
 def _busy(r: Refill, left: int, s: Loop) -> Array:
     """More to do in this loop: requests that wait, or more running slots than the next loop has."""
     mine = (s.admitted < r.requests) | (jnp.sum(s.slots.running) > left)
     return jax.lax.psum(mine.astype(jnp.int32), BATCH_AXES) > 0 if r.plan.uniform_steps else mine
 
 
-def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
-    """Free slots take requests; every slot samples a token and reads it."""
+def _step(r: Refill, refills: bool, left: int, ring: int, s: Loop) -> Loop:
+    """Free slots take requests; every slot samples a token and reads it. ``ring`` is how many columns there are."""
     if refills:
         at_hand = _prefilled(r, AtHand(s.prefilled, s.entries, s.filling))
         s = _admitted(r, s._replace(**at_hand._asdict()))
@@ -134,14 +149,14 @@ def _step(r: Refill, refills: bool, left: int, s: Loop) -> Loop:
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
     done = slots.running & (ended | (slots.age + 1 >= r.budgets(slots.request)))
-    hidden, ring = _read(r, s, token, cursor)
+    hidden, cache = _read(r, s, token, cursor, ring)
     after = Slots(
         request=slots.request,
         entry=slots.entry,
         age=slots.age + 1,
         running=slots.running & ~done,
         hidden=hidden,
-        cache=ring,
+        cache=cache,
     )
     s = s._replace(
         step=s.step + 1,
@@ -263,12 +278,12 @@ def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
 
 
-def _read(r: Refill, s: Loop, token: Array, cursor: Array) -> tuple[Float[Array, "s d"], Any]:
+def _read(r: Refill, s: Loop, token: Array, cursor: Array, ring: int) -> tuple[Float[Array, "s d"], Any]:
     """Every slot's token through the model, against its prompt and its own columns of the ring."""
     c, slots, entries = r.model.config, s.slots, s.entries
     positions = row_positions(entries.valid)
     position = jnp.sum(entries.valid, axis=1, dtype=jnp.int32)[slots.entry] + slots.age
-    back = (cursor - jnp.arange(r.budget)) % r.budget
+    back = (cursor - jnp.arange(ring)) % r.budget
     in_ring = back <= slots.age[:, None]
     if r.plan.group == 1:
         in_prompt, distance = entries.valid, position[:, None] - positions

@@ -82,6 +82,21 @@ def test_refill_gives_what_the_fixed_batch_gives(group: int, slots: int, loops: 
     assert (mine.finish_reason == FINISH_LENGTH).any()
 
 
+@pytest.mark.parametrize(("group", "slots", "loops"), [(4, 5, 1), (4, 32, 2), (1, 3, 1)])
+def test_a_ring_that_begins_with_half_its_columns(
+    group: int, slots: int, loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of nine columns in the first steps, the same rollout; its program has a loop more."""
+    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    plan, prompts = RefillPlan(group=group, slots=slots, loops=loops), requests(group)
+    same(rollout(plan, prompts), plain(group))
+    arguments = (init_params(MODEL, layout(), 0), prompts, jax.random.key(1), np.int32(0))
+    grows = program(MODEL, "1,1,1", plan).lower(*arguments).as_text()
+    monkeypatch.undo()
+    whole = program(MODEL, "1,1,1", plan).lower(*arguments).as_text()
+    assert grows.count("stablehlo.while") > whole.count("stablehlo.while")
+
+
 @pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), pytest.param(1, 3, 3, marks=pytest.mark.slow)])
 def test_prompts_may_be_prefilled_in_chunks(group: int, slots: int, chunk: int) -> None:
     """The same to 1e-12 in float64, under a window that ends inside a chunk, with prompts of no tokens among them."""

@@ -62,7 +62,7 @@ def chunked_logprobs(
         support is not None,
         with_entropy,
         count is not None,
-        vocab_blocks=_blocks(v, vocab_block or v),
+        vocab_blocks=count_blocks(v, vocab_block or v),
     )
     if support is None:
         support = jnp.zeros(targets.shape, jnp.float32)  # not read
@@ -160,7 +160,7 @@ class _Options(NamedTuple):
     vocab_blocks: int
 
 
-def _blocks(vocab: int, longest: int) -> int:
+def count_blocks(vocab: int, longest: int) -> int:
     """Into how many equal blocks of at most ``longest`` entries a vocabulary is cut; 1 where they would be tiny."""
     block = max(size for size in range(1, min(longest, vocab) + 1) if vocab % size == 0)
     return vocab // block if 2 * block > longest else 1

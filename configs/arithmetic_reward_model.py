@@ -2,12 +2,13 @@
 
     python -m rljax.main --config configs/arithmetic_reward_model.py
     python -m rljax.main --config configs/arithmetic_reward_model.py:linear
+    python -m rljax.main --config configs/arithmetic_reward_model.py:ranking
 
 The text is of mixed quality, as the quickstart's, on sums of two or three one-digit numbers. A pair is the best of a
 prompt's eight samples against a random worse one. Of the held-out problems there are eight samples each too:
 ``sample_accuracy`` is the share of their pairs of unequal truth that the model orders right, ``best_of_8`` the true
-reward of what it picks. In the second form the truth is a hidden linear function of the digits, the policy is random,
-and the model learns from whole rankings of eight.
+reward of what it picks. In the second form the truth is a hidden linear function of the digits and the policy is random;
+in the third the model learns from whole rankings of eight.
 
 Hardware: 2 CPU cores, a minute or two when quiet. Expected: LOG.md.
 """
@@ -72,6 +73,16 @@ def linear() -> ConfigDict:
     config.name = "linear_reward_model"
     config.recipe = ("sample", "main")
     config.reward.names = ("tests.tiny:hidden_linear",)
+    config.stages.sample.steps = 100
+    config.rollout.max_new_tokens = 56  # a random policy ends late, and pairs are made of completions that ended
+    config.data.row_length = 66
+    config.steps = 500
+    return config
+
+
+def ranking() -> ConfigDict:
+    config = linear()
+    config.name = "ranking_reward_model"
     config.select.rule = "ranking"
     config.algo.loss = "plackett_luce"
     config.algo.centering_coef = 0.0
@@ -80,4 +91,4 @@ def linear() -> ConfigDict:
     return config
 
 
-VARIANTS = {"verifier": get_config, "linear": linear}
+VARIANTS = {"verifier": get_config, "linear": linear, "ranking": ranking}

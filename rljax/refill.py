@@ -8,7 +8,7 @@ write is a single slice, and a slot's age says which columns are its own. Memory
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,25 +49,35 @@ def decode_with_refill(
     r = Refill(model, layout, sampling, dtype, cache_dtype, plan, params, prompts, key)
     if r.width % r.chunk:
         raise ValueError(f"prompts of {r.width} columns are not whole chunks of {r.chunk}")
-    sizes = [plan.slots]
-    while len(sizes) < plan.loops and sizes[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
-        sizes.append(sizes[-1] // SHRINK_FACTOR)
-    ring = r.budget // 2 if layout.on_cpu and r.budget >= SHORTEST_LAP else r.budget
-    state = _start(r, ring)
-    if ring < r.budget:
-        left = sizes[1] if len(sizes) > 1 else 0
-        body = partial(_step, r, True, left, ring)
-        state = jax.lax.while_loop(lambda s: s.busy & (s.step < ring), body, state._replace(busy=_busy(r, left, state)))
-        state = _with_whole_ring(r, state)
-    for number, size in enumerate(sizes):
-        left = sizes[number + 1] if number + 1 < len(sizes) else 0
-        state = _shrunk(r, state, size) if number else state
-        body = partial(_step, r, number == 0, left, r.budget)
-        state = jax.lax.while_loop(lambda s: s.busy, body, state._replace(busy=_busy(r, left, state)))
+    loops = _loops(r)
+    state = _start(r, loops[0].columns)
+    for before, loop in zip((loops[0], *loops), loops, strict=False):
+        state = _shrunk(r, state, loop.slots) if loop.slots < before.slots else state
+        state = _with_whole_ring(r, state) if loop.columns > before.columns else state
+        state = state._replace(busy=_busy(r, loop, state))
+        state = jax.lax.while_loop(lambda s: s.busy, partial(_step, r, loop), state)
     w = state.written
     sampled = jnp.arange(-r.width, r.budget)[None] < w.lengths[:, None]
     sampled &= jnp.arange(r.width + r.budget) >= r.width
     return w.tokens, w.logprobs, w.support, sampled, w.finished, *step_counts(rows, state.step, state.slot_steps)
+
+
+class _Stretch(NamedTuple):
+    """One loop of several: it goes on until its columns are full or no more slots run than the next one has."""
+
+    slots: int
+    columns: int  # of the ring
+    next_slots: int
+
+
+def _loops(r: Refill) -> list[_Stretch]:
+    slots = [r.plan.slots]
+    while len(slots) < r.plan.loops and slots[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
+        slots.append(slots[-1] // SHRINK_FACTOR)
+    loops = [_Stretch(size, r.budget, left) for size, left in zip(slots, (*slots[1:], 0), strict=True)]
+    if r.layout.on_cpu and r.budget >= SHORTEST_LAP:
+        loops.insert(0, loops[0]._replace(columns=r.budget // 2))
+    return loops
 
 
 def step_counts(rows: int, steps: Array, slot_steps: Array) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
@@ -112,6 +122,8 @@ def _start(r: Refill, ring: int) -> Loop:
 
 
 def _with_whole_ring(r: Refill, s: Loop) -> Loop:
+    """The first columns as they are, the others empty."""
+
     def begins(whole: Array, half: Array) -> Array:
         return jax.lax.dynamic_update_slice(whole, half, (jnp.int32(0),) * whole.ndim)
 
@@ -119,15 +131,16 @@ def _with_whole_ring(r: Refill, s: Loop) -> Loop:
     return s._replace(slots=s.slots._replace(cache=jax.tree.map(begins, whole, s.slots.cache)))
 
 
-def _busy(r: Refill, left: int, s: Loop) -> Array:
+def _busy(r: Refill, loop: _Stretch, s: Loop) -> Array:
     """More to do in this loop: requests that wait, or more running slots than the next loop has."""
-    mine = (s.admitted < r.requests) | (jnp.sum(s.slots.running) > left)
-    return jax.lax.psum(mine.astype(jnp.int32), BATCH_AXES) > 0 if r.plan.uniform_steps else mine
+    mine = (s.admitted < r.requests) | (jnp.sum(s.slots.running) > loop.next_slots)
+    mine = jax.lax.psum(mine.astype(jnp.int32), BATCH_AXES) > 0 if r.plan.uniform_steps else mine
+    return mine if loop.columns == r.budget else mine & (s.step < loop.columns)
 
 
-def _step(r: Refill, refills: bool, left: int, ring: int, s: Loop) -> Loop:
-    """Free slots take requests; every slot samples a token and reads it. ``ring`` is how many columns there are."""
-    if refills:
+def _step(r: Refill, loop: _Stretch, s: Loop) -> Loop:
+    """Free slots take requests; every slot samples a token and reads it."""
+    if loop.slots == r.plan.slots:
         at_hand = _prefilled(r, AtHand(s.prefilled, s.entries, s.filling))
         s = _admitted(r, s._replace(**at_hand._asdict()))
     slots, cursor = s.slots, s.step % r.budget
@@ -149,7 +162,7 @@ def _step(r: Refill, refills: bool, left: int, ring: int, s: Loop) -> Loop:
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
     done = slots.running & (ended | (slots.age + 1 >= r.budgets(slots.request)))
-    hidden, cache = _read(r, s, token, cursor, ring)
+    hidden, cache = _read(r, s, token, cursor, loop.columns)
     after = Slots(
         request=slots.request,
         entry=slots.entry,
@@ -165,7 +178,7 @@ def _step(r: Refill, refills: bool, left: int, ring: int, s: Loop) -> Loop:
         entries=s.entries._replace(open=s.entries.open - _per_entry(s, done)),
         written=written,
     )
-    return s._replace(busy=_busy(r, left, s))
+    return s._replace(busy=_busy(r, loop, s))
 
 
 def _put(rows: Array, columns: Array, values: Array, new: Array) -> Array:
@@ -278,12 +291,12 @@ def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
 
 
-def _read(r: Refill, s: Loop, token: Array, cursor: Array, ring: int) -> tuple[Float[Array, "s d"], Any]:
+def _read(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -> tuple[Float[Array, "s d"], Any]:
     """Every slot's token through the model, against its prompt and its own columns of the ring."""
     c, slots, entries = r.model.config, s.slots, s.entries
     positions = row_positions(entries.valid)
     position = jnp.sum(entries.valid, axis=1, dtype=jnp.int32)[slots.entry] + slots.age
-    back = (cursor - jnp.arange(ring)) % r.budget
+    back = (cursor - jnp.arange(columns)) % r.budget
     in_ring = back <= slots.age[:, None]
     if r.plan.group == 1:
         in_prompt, distance = entries.valid, position[:, None] - positions

@@ -13,7 +13,15 @@ import jax
 import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
-from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, log_normal_lengths, online_stage
+from benchmarks.workload import (
+    COMPLETION,
+    PROMPT,
+    endless_session,
+    grpo_config,
+    log_normal_lengths,
+    online_stage,
+    rows_flops,
+)
 from rljax.sharding import to_global
 
 ROWS = 64
@@ -78,9 +86,11 @@ def main() -> None:
     one, other = (results[name]["first"] for name in programs)
     norms = [float(first["grad_norm/policy"][0]) for first in (one, other)]
     error = check("gradient norm", abs(norms[0] / norms[1] - 1), 1e-4 if a.dtype == "float32" else 0.02)
+    padding = 1 - float(host["valid"].mean())
+    flops = 3 * rows_flops(session.model.config, host["valid"], host["loss_mask"])
     for name, each in samples.items():
-        padding = 1 - float(host["valid"].mean())
-        reports[name].line(each, tokens=float(host["valid"].sum()), padding_share=padding, error=error)
+        tokens = float(host["valid"].sum())
+        reports[name].line(each, flops=flops, tokens=tokens, padding_share=padding, error=error)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.packing import skewed_batch
-from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, online_stage
+from benchmarks.workload import COMPLETION, PROMPT, endless_session, grpo_config, online_stage, rows_flops
 from rljax.sharding import to_global
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -39,6 +39,7 @@ def main() -> None:
     check("a gradient norm that is not finite", float(not np.isfinite(norms).all()), 0)
     report.line(
         samples,
+        flops=3 * rows_flops(session.model.config, host["valid"], host["loss_mask"]),
         tokens=float(host["valid"].sum()),
         gradient_norm=norms[0],  # the same on every mesh
         gflops_a_device=compiled.cost_analysis()["flops"] / 1e9,

@@ -120,3 +120,9 @@ def forward_flops(c: DecoderConfig, rows: int, length: int, head_tokens: int) ->
     body = c.num_layers * c.width * (2 * qo + 2 * kv + 3 * c.ffn_width)
     attention = c.num_layers * 2 * qo * length**2
     return rows * (2 * length * body + attention + 2 * head_tokens * c.vocab_size * c.width)
+
+
+def rows_flops(c: DecoderConfig, valid: np.ndarray, head_tokens: np.ndarray) -> float:
+    """The same of rows of different lengths, padding left out; both masks are [rows, columns]."""
+    lengths, heads = valid.sum(axis=1).tolist(), head_tokens.sum(axis=1).tolist()
+    return sum(forward_flops(c, 1, length, head) for length, head in zip(lengths, heads, strict=True))

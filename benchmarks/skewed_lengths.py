@@ -14,7 +14,16 @@ import numpy as np
 
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.sampler import random_prompts
-from benchmarks.workload import COMPLETION, GROUP, PROMPT, endless_session, forward_flops, grpo_config, log_normal_lengths, rows_flops
+from benchmarks.workload import (
+    COMPLETION,
+    GROUP,
+    PROMPT,
+    endless_session,
+    forward_flops,
+    grpo_config,
+    log_normal_lengths,
+    rows_flops,
+)
 from rljax.refill_plan import RefillPlan
 from rljax.sampler import make_generate
 from rljax.sharding import to_global
@@ -58,8 +67,6 @@ def main() -> None:
     report.line(
         samples["refill"],
         flops=flops,
-            session.model.config, np.asarray(fast.valid), np.asarray(fast.loss_mask)
-        ),  # a prompt a request
         tokens=tokens,
         fixed_batch_tokens_per_second=tokens / min(s.seconds for s in samples["fixed"]),
         decode_steps=int(fast.decode_steps.max()),

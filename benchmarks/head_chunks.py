@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import DTYPES, Report, arguments, check, interleaved
 from benchmarks.workload import COMPLETION, SIZES
-from rljax.losses.chunked_logprobs import chunked_logprobs, head_logits
+from rljax.losses import chunked_logprobs, head_logits
 from rljax.losses.logprobs import token_logprobs
 
 CHECKED_ROWS = 64

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.algos.base import Algorithm, Batch
-from rljax.losses.chunked_logprobs import chunked_logprobs, reduce_logits_in_chunks
+from rljax.losses.chunked_logprobs import chunked_logprobs
+from rljax.losses.head_logits import reduce_logits_in_chunks
 from rljax.losses.logprobs import LogprobStats, log_normalizer
 from rljax.losses.preference_variants import log_collision
 from rljax.losses.supervised import mean_logprob

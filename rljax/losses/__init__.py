@@ -29,7 +29,7 @@ from rljax.losses.advantages import (
     soft_overlong_penalty,
     update_percentile_scale,
 )
-from rljax.losses.chunked_logprobs import chunked_logprobs, head_logits, reduce_logits_in_chunks
+from rljax.losses.chunked_logprobs import chunked_logprobs
 from rljax.losses.corrections import (
     geometric_importance_weights,
     icepop,
@@ -48,6 +48,7 @@ from rljax.losses.distillation import (
     topk_logprobs,
 )
 from rljax.losses.guidance import posterior_logprobs, shifted_rewards, soft_value, soft_value_iteration
+from rljax.losses.head_logits import head_logits, reduce_logits_in_chunks
 from rljax.losses.kl import (
     adaptive_kl_coef,
     fixed_kl_coef,

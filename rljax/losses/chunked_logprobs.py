@@ -10,6 +10,15 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from rljax.losses.head_logits import (
+    check_head,
+    dot,
+    hide_padding,
+    join_chunks,
+    product_transposed,
+    split_chunks,
+    varying_like,
+)
 from rljax.losses.logprobs import (
     LogprobStats,
     entropy_from,
@@ -19,8 +28,7 @@ from rljax.losses.logprobs import (
     token_mask,
     without_inf,
 )
-from rljax.losses.masked import at_least_float32
-from rljax.losses.shapes import Given, check_shapes, refuse_unequal
+from rljax.losses.shapes import check_shapes
 
 
 @check_shapes
@@ -50,10 +58,10 @@ def chunked_logprobs(
     others get 0 and cost nothing. With ``vocab_block`` a chunk's logits exist for about so many entries of the
     vocabulary at a time, as a CPU's caches like it; a head that is sharded over v cannot be cut so.
     """
-    _check(head, chunk_size, vocab_size, temperature)
+    check_head(head, chunk_size, vocab_size, temperature)
     if vocab_block is not None and vocab_block < 1:
         raise ValueError(f"vocab_block is {vocab_block}; give the entries of a block, at least 1, or None")
-    head = _varying_like(head, hidden)
+    head = varying_like(head, hidden)
     n, v = hidden.shape[0], head.shape[0]
     options = _Options(
         chunk_size,
@@ -70,84 +78,6 @@ def chunked_logprobs(
     if count is not None:
         logprobs, entropies = (jnp.where(jnp.arange(n) < count, x, 0) for x in (logprobs, entropies))
     return LogprobStats(logprobs, entropies if with_entropy else None)
-
-
-@check_shapes
-def reduce_logits_in_chunks(
-    hidden: Float[Array, "n d"],
-    head: Float[Array, "v d"],
-    reducer: Callable[..., Any],
-    rows: tuple[Any, ...] = (),
-    *,
-    chunk_size: int,
-    vocab_size: int | None = None,
-) -> Any:
-    """``reducer(logits, *rows)`` for what needs whole rows of logits (exact KL, Jensen-Shannon, a second head).
-
-    ``rows`` are pytrees of [n, ...] arrays cut along with ``hidden``; ``reducer`` sees chunks of them beside float32
-    logits [chunk, v] and returns a pytree of [chunk, ...] arrays, which come back as [n, ...]. Each chunk is
-    rematerialised in the backward pass, so nothing of size [n, v] is saved. What ``reducer`` closes over gets gradients
-    too; for a second head call ``head_logits`` in it.
-    """
-    _check(head, chunk_size, vocab_size, 1.0)
-    for path, x in jax.tree_util.tree_leaves_with_path(rows):
-        like = Given("hidden", ("n", "d"), hidden.shape)
-        refuse_unequal(
-            "reduce_logits_in_chunks", [like, Given(f"rows{jax.tree_util.keystr(path)}", ("n", "..."), x.shape)]
-        )
-    head = at_least_float32(_varying_like(head, hidden))  # its gradient is summed over chunks
-
-    @jax.checkpoint
-    def chunk(arrays):
-        hidden_chunk, rows_chunk = arrays
-        return reducer(head_logits(hidden_chunk, head, vocab_size=vocab_size), *rows_chunk)
-
-    n = hidden.shape[0]
-    chunks = jax.tree.map(partial(_split, chunk_size=chunk_size), (hidden, rows))
-    return jax.tree.map(partial(_join, n=n), lax.map(chunk, chunks))
-
-
-@check_shapes
-def head_logits(
-    hidden: Float[Array, "n d"], head: Float[Array, "v d"], *, vocab_size: int | None = None
-) -> Float[Array, "n v"]:
-    """``hidden · headᵀ`` in float32, -inf from ``vocab_size`` on; cotangents are cast to ``hidden``'s dtype."""
-    return _hide_padding(_product(hidden, head), vocab_size or head.shape[0])
-
-
-@jax.custom_vjp
-def _product(hidden: Array, head: Array) -> Array:
-    return _dot(hidden, head.astype(hidden.dtype), (1, 1))
-
-
-def _product_fwd(hidden: Array, head: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(hidden, head), (hidden, head)
-
-
-def _product_bwd(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    hidden, head = saved
-    d_hidden, d_head = _product_transposed(cotangent, hidden, head.astype(hidden.dtype))
-    return d_hidden, d_head.astype(head.dtype)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-def _product_transposed(cotangent: Array, hidden: Array, head: Array) -> tuple[Array, Array]:
-    """Cotangents of ``hidden`` (in its dtype) and ``head`` (float32); both operands of both products in one dtype."""
-    cotangent = cotangent.astype(hidden.dtype)
-    return _dot(cotangent, head, (1, 0)).astype(hidden.dtype), _dot(cotangent, hidden, (0, 0))
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=dtype)
-
-
-def _hide_padding(logits: Array, vocab_size: int) -> Array:
-    if vocab_size == logits.shape[-1]:
-        return logits
-    return jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < vocab_size, logits, -jnp.inf)
 
 
 class _Options(NamedTuple):
@@ -181,12 +111,9 @@ class _Logits(NamedTuple):
 
 
 def _logits(options: _Options, hidden: Array, table: Array, first: Array, targets: Array, support: Array) -> _Logits:
-    scaled = _dot(hidden, table, (1, 1)) / options.temperature
-    if options.vocab_blocks == 1:
-        scaled = _hide_padding(scaled, options.vocab_size)
-    elif options.vocab_size < options.vocab_blocks * table.shape[0]:
-        real = lax.broadcasted_iota(jnp.int32, scaled.shape, 1) < options.vocab_size - first
-        scaled = jnp.where(real, scaled, -jnp.inf)
+    scaled = dot(hidden, table, (1, 1)) / options.temperature
+    if options.vocab_size < options.vocab_blocks * table.shape[0]:
+        scaled = hide_padding(scaled, options.vocab_size - first)
     is_token = token_mask(scaled, targets - first.astype(targets.dtype))
     return _Logits(scaled, is_token, keep_support(scaled, support, is_token) if options.truncated else scaled)
 
@@ -261,7 +188,7 @@ def _chunked_bwd(options, saved, cotangents):
 
         if options.vocab_blocks == 1:
             table, first = jax.tree.map(lambda x: x[0], tables)
-            d_hidden, d_head_chunk = _product_transposed(d_logits(table, first), hidden_chunk, table)
+            d_hidden, d_head_chunk = product_transposed(d_logits(table, first), hidden_chunk, table)
             return d_head + d_head_chunk, d_hidden
         # A product whose left operand has its summed axis first is six times as slow in bfloat16 (XLA on CPUs).
         transposed = lax.optimization_barrier(hidden_chunk.T)
@@ -269,7 +196,7 @@ def _chunked_bwd(options, saved, cotangents):
         def block(d_hidden, block):
             table, first, d_table = block
             cotangent = lax.optimization_barrier(narrowed(d_logits(table, first), hidden.dtype))
-            return d_hidden + _dot(cotangent, table, (1, 0)), d_table + _dot(transposed, cotangent, (1, 0))
+            return d_hidden + dot(cotangent, table, (1, 0)), d_table + dot(transposed, cotangent, (1, 0))
 
         zeros = jnp.zeros_like(hidden_chunk, dtype=full.dtype)
         d_hidden, d_head = lax.scan(block, zeros, (*tables, d_head))
@@ -292,8 +219,10 @@ def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[A
     """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; where n is counted, over those with tokens only."""
     n = len(jax.tree.leaves(arrays)[0])
     if not options.counted:
-        carry, results = lax.scan(chunk, carry, jax.tree.map(partial(_split, chunk_size=options.chunk_size), arrays))
-        return carry, jax.tree.map(partial(_join, n=n), results)
+        carry, results = lax.scan(
+            chunk, carry, jax.tree.map(partial(split_chunks, chunk_size=options.chunk_size), arrays)
+        )
+        return carry, jax.tree.map(partial(join_chunks, n=n), results)
     rows = -(-n // max(1, -(-n // options.chunk_size)))
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)), arrays)
 
@@ -314,32 +243,3 @@ def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[A
 
 # Who asks for entropy only to look at it does not pay for its derivative.
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
-
-
-def _split(x: Array, chunk_size: int) -> Array:
-    """[n, ...] to [chunks, rows, ...], zero-padded; strided over n, so that a sharded n is sharded in every chunk."""
-    n = x.shape[0]
-    chunks = max(1, -(-n // chunk_size))
-    rows = -(-n // chunks)
-    x = jnp.pad(x, [(0, chunks * rows - n)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(rows, chunks, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(x: Array, n: int) -> Array:
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n]
-
-
-def _varying_like(head: Array, hidden: Array) -> Array:
-    """Inside ``shard_map``: ``head`` varying over the axes of ``hidden``, so that its gradient is summed over them."""
-    return head + jnp.zeros_like(hidden, shape=(), dtype=head.dtype)  # the compiler drops the sum, not the type
-
-
-def _check(head: Array, chunk_size: int, vocab_size: int | None, temperature: float) -> None:
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; give the tokens of a chunk, at least 1")
-    if vocab_size is not None and not 1 <= vocab_size <= head.shape[0]:
-        raise ValueError(
-            f"vocab_size {vocab_size} does not fit a head of {head.shape[0]} rows; give 1 to {head.shape[0]}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; log-probs need one above 0 (greedy is a sampler's setting)")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rljax.losses.chunked_logprobs import reduce_logits_in_chunks
+from rljax.losses import reduce_logits_in_chunks
 from rljax.losses.distillation import (
     append_rest,
     forward_kl,

@@ -2,6 +2,7 @@
 
     python -m rljax.main --config configs/async_online_dpo.py
     python -m rljax.main --config configs/async_online_dpo.py:stale      64 mini-batches a round of generation
+    python -m rljax.main --config configs/async_online_dpo.py:online --config.rollout.lag=0         in step
 
 Waits for Pythia's family (``gpt_neox``); any other model runs it. Here generation and training take turns on the same
 devices. Hardware: not measured here. Expected (theirs): Online DPO alone still learns with 64 mini-batches a round.
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
     config.rollout.prompts_per_step = 256  # 512 completions a mini-batch
     config.rollout.group_size = 2  # K
     config.rollout.max_new_tokens = 53
+    config.rollout.lag = 1  # the learner trains on samples of θ_{t-1}
     config.rollout.temperature = 0.7  # and of the loss: masks and temperature must match
     config.batch.minibatches = 1  # N
     config.batch.micro_batch_rows = 64

@@ -1,6 +1,7 @@
 """IF-RLVR (2507.02833): GRPO on verifiable constraints, for instructions that a model has not seen.
 
     python -m rljax.main --config configs/if_rlvr.py
+    python -m rljax.main --config configs/if_rlvr.py:code            the reward of the authors' code: ten times the mean
     python -m rljax.main --config configs/if_rlvr.py:base_model      a base model with a reasoning template, no KL
     python -m rljax.main --config configs/if_rlvr.py:reward_model    the verifier beside a reward model
 
@@ -23,8 +24,10 @@ def get_config() -> ConfigDict:
     config.tokenizer.template = "chat"
     config.data.train = "allenai/IF_multi_constraints_upto5"
     config.data.prompt_lengths = (512, 2048)
-    config.reward.names = ("ifeval",)  # the share of a prompt's constraints that is met
-    config.reward.weights = (10.0,)
+    config.reward.names = ("ifeval",)
+    with config.unlocked():
+        config.reward.options.ifeval = {"value": "sum"}  # Σ v w over a prompt's constraints, each of weight 1
+    config.reward.weights = (1.0,)
     config.algo.kl_coef = 0.01  # of k3
     config.algo.clip_low = config.algo.clip_high = 0.2
     config.algo.advantage_mean = config.algo.advantage_std = "group"
@@ -40,6 +43,14 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "constant"
     config.eval.temperature = 0.0
     config.checkpoint.every_steps = 100
+    return config
+
+
+def code() -> ConfigDict:
+    config = get_config()
+    config.name = "if_rlvr_code"
+    config.reward.options.ifeval = {"value": "mean"}
+    config.reward.weights = (10.0,)
     return config
 
 
@@ -62,4 +73,4 @@ def reward_model() -> ConfigDict:
     return config
 
 
-VARIANTS = {"plain": get_config, "base_model": base_model, "reward_model": reward_model}
+VARIANTS = {"plain": get_config, "code": code, "base_model": base_model, "reward_model": reward_model}

@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
     config.critic.optim.learning_rate = 1.5e-6
     config.optim.freeze_steps = 200  # (3) the critic alone at first, until its loss is near 0
     for optim in (config.optim, config.critic.optim):
+        optim.b1, optim.b2 = 0.9, 0.95
         optim.schedule = "inverse_sqrt"
         optim.warmup_steps = 500
         optim.clip_norm = 1.0  # (5)
@@ -88,6 +89,8 @@ def script() -> ConfigDict:
     config.algo.advantage_clip = 0.5
     config.text_mix.coef = 0.0
     config.rollout.temperature = 0.8
+    config.rollout.top_p = 0.9
+    config.algo.kl_of_truncated = True  # theirs is: the KL in the reward is of what the sampler drew
     return config
 
 

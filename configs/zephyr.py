@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.batch.micro_batch_rows = 64
     config.steps = PAIRS // 128  # 1 epoch
     config.optim.learning_rate = 5e-7
-    config.optim.schedule = "linear"
+    config.optim.schedule = "cosine"
     config.optim.warmup_fraction = 0.1
     config.checkpoint.every_steps = 100
     return config
@@ -59,6 +59,7 @@ def paper() -> ConfigDict:
     config = get_config()
     config.name = "zephyr_paper"
     config.algo.beta = 0.1
+    config.optim.schedule = "linear"
     config.steps = 3 * PAIRS // 128  # about 3 epochs
     return config
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rljax.config import RolloutConfig
 from rljax.data.batches import DataPosition, PromptBatch, repeat_prompts
 from rljax.models.decoder import Params
 from rljax.pieces import Times
@@ -20,20 +21,20 @@ from rljax.types import Rollout
 def collect(
     stage: Stage, state: TrainState, position: DataPosition, step: int
 ) -> tuple[Completions, DataPosition, dict[str, float]]:
-    """Completions and their metrics of one step, in one round of prompts, or with ``keep_groups`` "mixed" in several.
+    """Completions and their metrics of one step, in one round of prompts, or where ``keep_groups`` chooses in several.
 
     Rounds go on until enough groups are neither all right nor all wrong or ``max_rounds`` is reached. Surplus groups
     count as consumed; missing ones are filled with groups whose rows are masked.
     """
     r = stage.config.rollout
-    mixed = r.keep_groups == "mixed"
+    chooses = r.keep_groups != "all"
     rounds: list[Completions] = []
     kept: list[tuple[int, int]] = []  # (round, group)
-    for number in range(r.max_rounds if mixed else 1):
+    for number in range(r.max_rounds if chooses else 1):
         rows, prompts, position = stage.source.take(position, r.prompts_per_step)
         prompts = repeat_prompts(prompts, r.group_size)
         rows = [row for row in rows for _ in range(r.group_size)]
-        if mixed:
+        if chooses:
             prompts = _widened(prompts, stage.source.prompt_lengths[-1])
         key = stage.session.key(ROLLOUT_KEY, stage.number, step, number)
         assert stage.generate is not None  # an online stage
@@ -51,17 +52,26 @@ def collect(
             rival=rival(stage, policy),
             pieces=r.pieces,
         )
-        if not mixed:
+        if not chooses:
             return done, position, row_metrics([done], r.group_size, stage.rival is not None)
-        scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
         rounds.append(done)
-        kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]
+        kept += [(number, g) for g in np.flatnonzero(kept_groups(done, r)).tolist()]
         if len(kept) >= r.prompts_per_step:
             break
     drawn = len(rounds) * r.prompts_per_step
     metrics = row_metrics(rounds, r.group_size, stage.rival is not None)
     metrics |= {"train/groups_kept": len(kept) / drawn, "train/rounds": float(len(rounds))}
     return _selected(stage, rounds, kept[: r.prompts_per_step]), position, metrics
+
+
+def kept_groups(done: Completions, r: RolloutConfig) -> np.ndarray:
+    """Which groups teach something [prompts]: by right and wrong, where all of a group is judged, or by reward."""
+    correct, rewards = (x.reshape(-1, r.group_size) for x in (done.correct, done.rewards))
+    unequal = rewards.min(axis=1) < rewards.max(axis=1)
+    if r.keep_groups == "unequal":
+        return unequal
+    (low, high), share = r.keep_between, correct.mean(axis=1)
+    return np.where((correct >= 0).all(axis=1), (low < share) & (share < high), unequal)
 
 
 def model_reward(stage: Stage) -> ModelReward | None:

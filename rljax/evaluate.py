@@ -113,10 +113,9 @@ def score_metrics(rewards: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     problems, samples = rewards.shape
     metrics = with_interval("score", (correct if judged else rewards).mean(axis=1))
     metrics |= {"n": problems, "samples": samples, "reward": float(rewards.mean())}
-    k = 2
-    while judged and k <= samples:
+    powers = [2**i for i in range(1, samples.bit_length())]
+    for k in sorted({*powers, samples} - {1}) if judged else ():
         metrics |= with_interval(f"pass_at_{k}", [pass_at_k(samples, int(c), k) for c in correct.sum(axis=1)])
-        k *= 2
     return metrics
 
 

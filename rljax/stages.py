@@ -161,13 +161,13 @@ class Stage:
         return "ref_logprobs" in self.algorithm.needs and bool(moves)
 
     def update_reference(self, state: TrainState, stage_step: int) -> None:
-        """Follow the policy: a running mean (``reference_ema``, its decay), or a fresh copy every so many steps."""
-        if not self.moving_reference:
+        """Every ``reference_reset_steps`` (0: each step), to the policy or by ``reference_ema`` towards it."""
+        if not self.moving_reference or stage_step % (self.config.reference_reset_steps or 1):
             return
-        policy, every = state.params["policy"], self.config.reference_reset_steps
-        if self.config.reference_ema:
-            self.frozen["reference"] = moved_mean(self.reference, policy, self.config.reference_ema)
-        if every and stage_step % every == 0:
+        policy, decay = state.params["policy"], self.config.reference_ema
+        if decay:
+            self.frozen["reference"] = moved_mean(self.reference, policy, decay)
+        else:
             self.freeze("reference", policy)
 
     def update_critic_mean(self, state: TrainState) -> None:

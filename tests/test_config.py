@@ -152,6 +152,8 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.rollout.cache_dtype=int8"], "config.rollout.cache_dtype is int8, so another policy samples"),
         (["--config.algo.surrogate=gspo"], "set aggregation to 'sequence_mean_token_mean'"),
         (["--config.guide_from=warm_start"], "config.guide_from does nothing: no algorithm of the recipe reads it"),
+        (["--config.rollout.keep_between=0.5,0.1"], "keep_between is (0.5, 0.1); give two shares"),
+        (["--config.rollout.keep_between=0.1,0.9"], "keep_between does nothing unless keep_groups is 'mixed'"),
         (["--config.reward.weights=1,2"], "config.reward: 1 names and 2 weights"),
         (
             ["--config.reward.names=even_share", "--config.reward.options.even_shar.x=1"],

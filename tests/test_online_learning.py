@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cispo": ("grpo", {**GRPO, "surrogate": "cispo"}, {"batch.epochs": 2}),
     "gmpo": ("grpo", {**SEQUENCES, "surrogate": "gmpo", "clip_low": 0.4, "clip_high": 0.4}, {"batch.epochs": 2}),
     "sapo": ("grpo", {**SEQUENCES, "surrogate": "sapo"}, {"batch.epochs": 2}),
-    "gpg": ("grpo", {**GRPO, "advantage_std": "none", "surrogate": "reinforce", "mixed_scale": True}, {}),
+    "gpg": ("grpo", {**GRPO, "advantage_std": "none", "surrogate": "reinforce", "advantage_scale": "mixed_groups"}, {}),
     "opo": ("grpo", {**GRPO, "advantage_std": "none", "advantage_mean": "by_length"}, {}),
     "kl-cov": ("grpo", {**GRPO, "covariance": "kl_cov", "covariance_share": 0.05}, {}),
     "tis, one behind": ("grpo", {**GRPO, "correction": "truncated"}, {"rollout.lag": 1}),

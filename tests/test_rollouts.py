@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.collect import kept_groups
+from rljax.config import RolloutConfig
 from rljax.data.batches import DataPosition, repeat_prompts
 from rljax.pieces import Written, cut_pieces, overlapped
 from rljax.rewards.base import Score, Span
@@ -20,6 +23,23 @@ from rljax.types import FINISH_END, Prompts, Rollout
 from tests.truths import tiny_session
 
 ONE, TWO, END = 4, 5, 2  # "1", "2" and the end token
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keep_groups": "mixed"}, [False, True, True, False, True]),
+        ({"keep_groups": "mixed", "keep_between": (0.1, 0.6)}, [False, True, False, False, True]),
+        ({"keep_groups": "unequal"}, [True, True, True, False, True]),
+    ],
+)
+def test_groups_are_kept_by_right_and_wrong_or_by_reward(settings: dict[str, Any], expected: list[bool]) -> None:
+    """All right but of unequal reward, 2 of 4 right, 3 of 4, none, and one that nothing judges."""
+    correct = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [-1, -1, -1, -1]])
+    rewards = np.where(correct < 0, [0, 1, 2, 3], correct) + np.array([[0, 0, 0, -0.5]] + [[0] * 4] * 4)
+    done = SimpleNamespace(correct=correct.ravel(), rewards=rewards.ravel())
+    kept = kept_groups(done, RolloutConfig(group_size=4, **settings))  # type: ignore[arg-type]
+    assert kept.tolist() == expected
 
 
 def completed(

@@ -230,6 +230,13 @@ def test_a_reference_that_follows_the_policy(trained: dict[str, Any]) -> None:
     expected = jax.tree.map(lambda r, p: 0.75 * r + 0.25 * p, start, policy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), stage.reference, expected)
 
+    stage.config = dataclasses.replace(config, reference_ema=0.75, reference_reset_steps=3)  # TR-DPO's soft update
+    before = jax.device_get(stage.reference)
+    for step, decay in ((4, 1.0), (6, 0.75)):
+        stage.update_reference(state, step)
+        expected = jax.tree.map(lambda r, p, d=decay: d * r + (1 - d) * p, before, policy)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), stage.reference, expected)
+
     stage.config = dataclasses.replace(config, reference_reset_steps=3)
     compiled = CompileCounter()
     for step, is_policy in ((4, False), (6, True)):

@@ -43,7 +43,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         assert outputs.topk_logprobs is not None  # it is in needs
         mask = batch["loss_mask"]
         student, teacher = zero_masked(mask[..., None], outputs.topk_logprobs, batch["teacher_logprobs"])
-        student, teacher = append_rest(student), append_rest(teacher)
+        student, teacher = (append_rest(side, floored=True) for side in (student, teacher))
         return {"distillation": Term(masked_sum(divergence(student, teacher), mask), "tokens")}
 
     return Algorithm(

@@ -4,6 +4,7 @@ Three policies, three names: the sampler's log-probs are ``behavior_logprobs``; 
 own, once before the first update, where a correction asks for them; ratios are current over proximal.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -277,7 +278,12 @@ def _old(batch: Batch) -> PerToken:
 
 def _clipped(config: PolicyConfig, new: PerToken, old: PerToken, advantages: PerToken, mask: Mask) -> tuple[Mask, Mask]:
     """Tokens that lost their gradient at the lower and at the upper edge; gspo's edges see a sequence's mean ratio."""
+    if config.surrogate in ("cispo", "sapo", "reinforce"):  # no token of theirs is clipped
+        return jnp.zeros_like(mask), jnp.zeros_like(mask)
+    below, above = config.clip_low, config.clip_high
+    if config.surrogate == "gmpo":  # its edges are the log ratio's
+        below, above = 1 - math.exp(-below), math.exp(above) - 1
     if config.surrogate.startswith("gspo"):
         new = old + masked_mean(new - old, mask, axis=-1)[:, None]
-    low = mask & is_clipped_low(new, old, advantages, config.clip_low)
-    return low, mask & is_clipped_high(new, old, advantages, config.clip_high)
+    low = mask & is_clipped_low(new, old, advantages, below)
+    return low, mask & is_clipped_high(new, old, advantages, above)

@@ -101,6 +101,8 @@ def make(
             advantages = clip_to(whiten(advantages, mask), config.advantage_clip)
         batch = policy_batch(config, experience, advantages) | critic_batch(config, experience, values, returns)
         batch |= {"raw_advantages": raw, "kl_coef": jnp.broadcast_to(coef, mask.shape[:1])}
+        if config.mask_truncated and config.whiten_advantages == "minibatch":
+            batch["sampled_mask"] = mask
         return state, jax.lax.stop_gradient(batch)
 
     def shift(state: State, experience: Experience, rewards: Array) -> Array:
@@ -122,7 +124,8 @@ def make(
 
     def prepare(state: State, batch: Batch, key: Array) -> tuple[State, Batch, dict]:
         if config.whiten_advantages == "minibatch":
-            batch = {**batch, "advantages": whiten(batch["advantages"], batch["loss_mask"])}
+            sampled = batch.get("sampled_mask", batch["loss_mask"])  # statistics come before rows are masked
+            batch = {**batch, "advantages": whiten(batch["advantages"], sampled)}
         if config.whiten_advantages != "rollout":
             batch = {**batch, "advantages": clip_to(batch["advantages"], config.advantage_clip)}
         return state, *policy_prepare(config, aggregation, batch, key)

@@ -1,6 +1,7 @@
 """XPO (2405.21046): online DPO that also lowers the likelihood of the reference's completions, to explore.
 
 A prompt's first completion is the policy's and its second the reference's (``rival_mixture`` 1); scores order the pair.
+Equal scores leave the preference's mean, not the exploration's. In one call: ``losses.xpo``.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from jaxtyping import Array
 
 from rljax.algos.base import Algorithm, Batch, no_state
 from rljax.algos.online_dpo import pair_batch, whole_vocabulary
-from rljax.algos.pairs import kept_pairs, pair_metrics, prepare_pairs, sides, sums
+from rljax.algos.pairs import kept_pairs, pair_metrics, sides, sums
 from rljax.algos.scores import ScoreConfig, scores_of
 from rljax.losses.masked import masked_sum
-from rljax.losses.preference_variants import xpo
+from rljax.losses.preferences import dpo
 from rljax.types import Experience, Outputs, Term
 
 
@@ -30,23 +31,29 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
 
     def targets(state: tuple, experience: Experience) -> tuple[tuple, Batch]:
         policys, references = sides(scores_of(config, experience))
-        won = policys > references
+        won, ordered = policys > references, policys != references
         order = jnp.stack([~won, won], axis=1).astype(jnp.int32)  # 1 is the reference's completion
-        batch = pair_batch(experience, order, policys != references)
+        batch = pair_batch(experience, order, jnp.ones_like(ordered))  # a tie explores, though it prefers nothing
         del batch["behavior_logprobs"]  # on half of the rows those of the reference
-        return state, {**batch, "from_reference": order.reshape(-1) == 1}
+        return state, {**batch, "from_reference": order.reshape(-1) == 1, "ordered": jnp.repeat(ordered, 2)}
+
+    def prepare(state: tuple, batch: Batch, key: Array) -> tuple[tuple, Batch, dict]:
+        pairs = kept_pairs(batch["loss_mask"])
+        counts = {"pairs": pairs & sides(batch["ordered"])[0], "explored": pairs}
+        return state, batch, {name: jnp.sum(kept).astype(jnp.float32) for name, kept in counts.items()}
 
     def loss(outputs: Outputs, batch: Batch) -> dict[str, Term]:
         mask, logprobs = batch["loss_mask"], whole_vocabulary(outputs).logprobs
         assert logprobs is not None  # a policy is trained
-        kept = kept_pairs(mask)
+        explored = kept_pairs(mask)
+        kept = explored & sides(batch["ordered"])[0]
         policy, reference = sums(logprobs, mask), sums(batch["ref_logprobs"], mask)
         explore: Array = jnp.where(sides(batch["from_reference"])[0], *policy)
-        losses = xpo(*policy, *reference, explore, beta=config.beta, alpha=config.alpha)
+        losses = dpo(*policy, *reference, beta=config.beta)
         chosen, rejected = (config.beta * (l - ref) for l, ref in zip(policy, reference, strict=True))
         return {
             "preference": Term(masked_sum(losses, kept), "pairs"),
-            "exploration": Term(masked_sum(explore, kept), "pairs", 0.0),
+            "exploration": Term(masked_sum(explore, explored), "explored", config.alpha),
             **pair_metrics((chosen, rejected), policy, kept),
         }
 
@@ -54,7 +61,7 @@ def make(config: Config, *, group_size: int, max_new_tokens: int) -> Algorithm:
         needs=frozenset({"ref_logprobs"}),
         init=no_state,
         targets=targets,
-        prepare=prepare_pairs,
+        prepare=prepare,
         loss=loss,
         unit=2,
         rival_mixture=1.0,

@@ -124,10 +124,11 @@ class RolloutConfig:
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0  # nucleus sampling; 1: off
     min_p: Decay = 0.0  # sample from tokens at least this likely relative to the likeliest; 0: off
     unimix: Decay = 0.0  # share of uniform probability mixed into the policy, in sampling and log-probs alike
-    keep_groups: Literal["all", "mixed"] = (
-        "all"  # mixed: keep groups with right and wrong completions, and sample more until there are enough
+    keep_groups: Literal["all", "mixed", "unequal"] = (
+        "all"  # mixed: only groups with right and wrong completions; unequal: with differing rewards; others again
     )
-    max_rounds: Positive = 1  # most rounds of sampling for keep_groups mixed
+    keep_between: tuple[float, ...] = (0.0, 1.0)  # mixed: keep groups whose share of right ones lies between these
+    max_rounds: Positive = 1  # most rounds of sampling until enough groups are kept
     slots: Annotated[int, Range(-1)] = -1  # completions decoded at once per data shard; 0: fixed batch; -1: auto
     pieces: Positive = 1  # parts of a rollout; the rewards of one are computed while the next is sampled
     shrink_stages: Positive = 2  # decode loops, each with a quarter of the slots of the one before; always 1 on TPU
@@ -255,8 +256,10 @@ class StageConfig:
     steps: Count = 1  # rollouts, or draws of data rows
     init_from: str = "previous"  # starting weights: base, previous, or an earlier stage's name
     reference_from: str = "start"  # reference model: start (of this stage), base, or an earlier stage's name
-    reference_reset_steps: Count = 0  # copy the policy into the reference every this many steps; 0: never
-    reference_ema: Decay = 0.0  # decay of a reference that follows the policy as a moving average; 0: fixed
+    reference_reset_steps: Count = (
+        0  # move the reference every this many steps; 0: never, with reference_ema every step
+    )
+    reference_ema: Decay = 0.0  # share the reference keeps as it moves (TR-DPO's 1 - α); 0: it becomes the policy
     guide_from: str = ""  # another frozen policy that the algorithm uses (RTO's DPO policy): a stage or a folder
     teacher_from: str = ""  # frozen teacher for distillation: a stage or a folder
     teacher_top_k: Positive = 64  # number of the teacher's likeliest tokens used at each position

@@ -4,6 +4,7 @@ Rows of logits [*n, v] are chunks of a head pass (``reduce_logits_in_chunks``); 
 be minimised. They take no mask, the ``_loss`` form does. Logits of -inf count as absent.
 """
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -61,6 +62,8 @@ def gkd_loss(
 
 # --- A teacher known by its top k ---
 
+SMALLEST_REST = 1e-6  # under it lies only the rounding of the sum
+
 
 @check_shapes
 def topk_logprobs(logits: Float[Array, "*n v"], token_ids: Int[Array, "*n k"]) -> Float[Array, "*n k+1"]:
@@ -74,12 +77,16 @@ def topk_logprobs(logits: Float[Array, "*n v"], token_ids: Int[Array, "*n k"]) -
 
 
 @check_shapes
-def append_rest(logprobs: Float[Array, "*n k"]) -> Float[Array, "*n k+1"]:
-    """A teacher's top-k log-probs, and last that of all other tokens: ``log(1 − Σ p)``, -inf below 1e-6."""
+def append_rest(logprobs: Float[Array, "*n k"], *, floored: bool = False) -> Float[Array, "*n k+1"]:
+    """A teacher's top-k log-probs, and last that of all other tokens: ``log(1 − Σ p)``, -inf below 1e-6.
+
+    ``floored``: log 1e-6 below it. Both sides floored have finite divergences, whichever is the surer of its top k.
+    """
     logprobs = at_least_float32(logprobs)
     rest = 1 - jnp.sum(jnp.exp(logprobs), axis=-1, keepdims=True)
-    some = rest >= 1e-6  # under it lies only the rounding of the sum
-    return jnp.concatenate([logprobs, jnp.where(some, jnp.log(jnp.where(some, rest, 1)), -jnp.inf)], axis=-1)
+    some = rest >= SMALLEST_REST
+    absent = math.log(SMALLEST_REST) if floored else -jnp.inf
+    return jnp.concatenate([logprobs, jnp.where(some, jnp.log(jnp.where(some, rest, 1)), absent)], axis=-1)
 
 
 @check_shapes

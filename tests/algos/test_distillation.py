@@ -57,6 +57,19 @@ def test_the_top_two_and_the_rest_are_three_classes() -> None:
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[1, 3:].any()
 
 
+@pytest.mark.parametrize("sure", ["student", "teacher"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_model_that_is_sure_of_its_top_k_gives_a_finite_loss(beta: float, sure: str) -> None:
+    """One side leaves less than 1e-6 to other tokens, the other side half of its mass: at most ln 1e6 nats."""
+    algo, batch, student = loss(beta, 2)
+    certain = np.log([1 - 1e-9, 5e-10]).astype(np.float32)
+    unsure = np.log([0.25, 0.25]).astype(np.float32)
+    student = jnp.broadcast_to(certain if sure == "student" else unsure, student.shape)
+    batch["teacher_logprobs"] = jnp.broadcast_to(unsure if sure == "student" else certain, student.shape)
+    value, gradient = jax.value_and_grad(lambda x: terms_of(algo, Outputs(topk_logprobs=x), batch)["total"])(student)
+    assert 0 < value < np.log(1e6) + np.log(1e9) and np.isfinite(gradient).all()
+
+
 def test_it_reads_no_reward() -> None:
     algo = loss(0.5, 2)[0]
     assert not algo.rewarded and algo.needs == {"teacher_topk"}

@@ -103,6 +103,18 @@ def test_what_the_reference_wrote_is_pushed_down_won_or_lost(rewards: list[float
     np.testing.assert_allclose(got["exploration"], -1, rtol=1e-6)
 
 
+def test_a_tie_prefers_nothing_and_explores_still() -> None:
+    """Two pairs, the second of equal scores; the reference's completions have log-probs -1 and -5, mean -3.
+
+    Of the tie the reference's row comes first."""
+    algo = exploring()
+    batch = targets(algo, scored([1.0, 0.0, 2.0, 2.0], [2, 1, 2, 1]))
+    got = terms_of(algo, outputs_of([-3.0, -1.0, -5.0, -3.0], [2, 1, 1, 2]), batch)
+    np.testing.assert_allclose(got["preference"], -np.log(sigma(0.1 * -0.5)), rtol=1e-5)  # of the first alone
+    np.testing.assert_allclose(got["exploration"], -3, rtol=1e-6)
+    np.testing.assert_allclose(got["total"], got["preference"] + 0.01 * -3, rtol=1e-6)
+
+
 def test_without_exploration_it_is_online_dpo() -> None:
     exp, out = scored([0.0, 1.0], [2, 1]), outputs_of([-1.0, -3.0], [1, 2])
     plain, still = online(), exploring(alpha=0.0)

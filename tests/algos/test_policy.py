@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.algos import grpo
+from rljax.algos import grpo, policy
 from rljax.losses.kl import k2, k3
-from rljax.types import Experience, Outputs
+from rljax.types import FINISH_END, FINISH_LENGTH, Experience, Outputs
 from tests.algos.rollouts import completion, experience, on_completion
 from tests.algos.tables import terms_of
 
@@ -229,13 +229,50 @@ def test_opo_weighs_the_baseline_by_length() -> None:
 
 def test_gpg_makes_up_for_groups_without_a_signal() -> None:
     """One of two groups is mixed: α = 4 / 2."""
-    got = grouped([1.0, 0.0, 1.0, 1.0], [1, 1, 1, 1], mixed_scale=True, surrogate="reinforce")
+    got = grouped([1.0, 0.0, 1.0, 1.0], [1, 1, 1, 1], advantage_scale="mixed_groups", surrogate="reinforce")
     np.testing.assert_allclose(got, [1, -1, 0, 0], rtol=1e-6)
+
+
+def test_gpg_as_verl_counts_rewards_that_are_not_0() -> None:
+    """Three of four: α = 4 / 3."""
+    got = grouped([1.0, 0.0, 1.0, 1.0], [1, 1, 1, 1], advantage_scale="nonzero_rewards", surrogate="reinforce")
+    np.testing.assert_allclose(got, [0.5 * 4 / 3, -0.5 * 4 / 3, 0, 0], rtol=1e-6)
+
+
+def test_truncated_rows_may_leave_the_statistics() -> None:
+    """Rewards 4, 2, 0, the last cut off (the budget is 4): the mean is 3 without it, 2 with it."""
+    settings: dict[str, Any] = {"group_size": 3, "mask_truncated": True}
+    for inside, expected in ((True, [2.0, 0.0]), (False, [1.0, -1.0])):
+        algo = algorithm(truncated_in_statistics=inside, **settings)
+        exp = experience([4.0, 2.0, 0.0], [2, 2, 2])
+        finish = jnp.array([FINISH_END, FINISH_END, FINISH_LENGTH])
+        exp = exp._replace(rollout=exp.rollout._replace(finish_reason=finish))
+        batch = algo.targets(algo.init(), exp)[1]
+        np.testing.assert_allclose(completion(batch["advantages"])[:2, 0], expected, rtol=1e-6)
+        assert not np.asarray(batch["loss_mask"])[2].any()
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "free"),
+    [("clipped", [[False, True], [False, True]]), ("gmpo", [[True, True], [False, True]]), ("cispo", np.ones((2, 2)))],
+)
+def test_clip_cov_may_choose_what_the_surrogate_has_not_clipped(surrogate: str, free: Any) -> None:
+    """Log ratios .25, 0 (A = 1) and -.25, 0 (A = -1), edges ±.24: e^.25 - 1 = .28 is past 1 + .24, 1 - e^-.25 = .22 is
+    not past 1 - .24 but is past the log's -.24; gmpo's upper edge is here the log's .26."""
+    config = grpo.Config(
+        **{**SETTINGS, "surrogate": surrogate, "clip_low": 0.24, "clip_high": 0.26 if surrogate == "gmpo" else 0.24}
+    )
+    log_ratios = jnp.array([[0.25, 0.0], [-0.25, 0.0]])
+    if surrogate == "clipped":
+        log_ratios = log_ratios.at[1, 0].set(-0.28)  # e^-.28 = .756 is past .76
+    advantages, mask = jnp.array([[1.0, 1.0], [-1.0, -1.0]]), jnp.ones((2, 2), bool)
+    low, high = policy._clipped(config, log_ratios, jnp.zeros((2, 2)), advantages, mask)
+    np.testing.assert_array_equal(~(low | high), np.asarray(free, bool))
 
 
 def test_a_filled_up_group_is_not_in_gpg_s_count() -> None:
     """The second group fills the step up and has no tokens: all rows that count are mixed, α = 1."""
-    got = grouped([1.0, 0.0, 7.0, 0.0], [1, 1, 0, 0], mixed_scale=True)
+    got = grouped([1.0, 0.0, 7.0, 0.0], [1, 1, 0, 0], advantage_scale="mixed_groups")
     np.testing.assert_allclose(got[:2], [0.5, -0.5], rtol=1e-6)
 
 

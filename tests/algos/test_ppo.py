@@ -151,6 +151,17 @@ def test_whitening_over_the_rollout_or_over_each_minibatch() -> None:
     np.testing.assert_allclose(got[mask[:2]], np.clip((few - few.mean()) / few.std(ddof=1), -0.5, 0.5), rtol=1e-5)
 
 
+def test_truncated_rows_count_when_a_minibatch_is_whitened() -> None:
+    """λ 1, values 0, scores 1 and 3 a token alone: mean 2, unbiased deviation sqrt 2, also with the second row cut."""
+    scored = {"ref_logprobs": [[-1.0]] * 2, "values": [[0.0]] * 2, "final_values": [0.0] * 2}
+    exp = experience([1.0, 3.0], [1, 1], finished=[True, False], **scored)
+    algo = algorithm(lam=1.0, kl_coef=0.0, whiten_advantages="minibatch", mask_truncated=True)
+    state, batch = targets(algo, exp)
+    batch = algo.prepare(state, batch, jax.random.key(0))[1]
+    np.testing.assert_allclose(completion(batch["advantages"])[0], -1 / np.sqrt(2), rtol=1e-5)
+    np.testing.assert_array_equal(completion(batch["loss_mask"]), [[True], [False]])
+
+
 def test_percentile_scaling_starts_at_its_first_spread() -> None:
     """Returns 0 to 100 by token: P95 - P5 is 90, then .99 · 90 + .01 · 180 with doubled ones. Small spreads are 1."""
     algo = algorithm(kl_coef=0.0, lam=1.0, scale_by_percentile=True)

@@ -140,6 +140,7 @@ def test_topk_classes_by_hand():
     # All tokens, no rest: the last class is absent, its gradient too.
     np.testing.assert_array_equal(topk_logprobs(logits, jnp.arange(4))[4], -jnp.inf)
     assert append_rest(jax.nn.log_softmax(logits))[4] == -jnp.inf
+    np.testing.assert_allclose(append_rest(jax.nn.log_softmax(logits), floored=True)[4], np.log(1e-6), rtol=1e-6)
 
 
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])

@@ -161,6 +161,15 @@ def test_estimators_by_hand():
     np.testing.assert_allclose(k4(logprobs, ref_logprobs, ref_logprobs), [1.386294], rtol=1e-5)
 
 
+def test_the_low_variance_estimator_is_never_negative():
+    """On differences of all sizes and both signs."""
+    d = np.concatenate([-np.logspace(-8, 2, 400), [0.0], np.logspace(-8, 2, 400)])
+    for dtype, is_wide in ((np.float32, False), (np.float64, True)):
+        with jax.enable_x64(is_wide):
+            values = np.asarray(k3(jnp.asarray(d, dtype), jnp.zeros(len(d), dtype)))
+        assert values.dtype == dtype and (values >= 0).all() and (values[np.abs(d) > 1e-3] > 0).all()
+
+
 def test_clamp_and_small_differences():
     far = jnp.array([-1e4, 0.0]), jnp.array([0.0, -1e4])
     np.testing.assert_array_equal(k1(*far), [-40.0, 40.0])

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from rljax.algos.staleness import Schedule
 from rljax.config import make_config
 from rljax.metric_names import is_measured
 from rljax.run import finish, open_training
 from rljax.session import open_session
 from rljax.trainer import train
-from tests.configs import tiny_ppo
+from tests.configs import tiny, tiny_ppo
 from tests.tiny import lines
 
 
@@ -45,3 +46,20 @@ def test_two_and_two_steps_are_four(tmp_path: Path, capsys: Any) -> None:
     assert [r["rollout/staleness"] for r in records[0]] == [0, 2, 2, 2]
     assert len({r["train/kl_coef"] for r in records[0]}) == 4  # it moved
     assert lines(tmp_path / "halves")  # one file, no step twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
+def test_runs_sample_with_the_versions_of_the_schedule(lag: int, tmp_path: Path, capsys: Any) -> None:
+    """20 updates, three runs: what they log is what ``Schedule`` says without them."""
+    logs = []
+    for seed in range(3):
+        config = tiny.get_config()
+        config.recipe, config.stages = ("main",), {}
+        config.seed, config.steps, config.rollout.lag, config.batch.minibatches = seed, 20, lag, 1
+        config.output_dir, config.checkpoint.export = str(tmp_path / f"{seed}"), False
+        session = open_session(make_config(config), jax.devices()[:1])
+        with open_training(session, command=["tests"]) as opened:
+            train(opened)
+        logs.append([r["rollout/staleness"] for r in lines(tmp_path / f"{seed}") if "rollout/staleness" in r])
+    assert logs == [[Schedule(lag).turn(number).staleness for number in range(20)]] * 3

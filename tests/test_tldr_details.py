@@ -115,9 +115,20 @@ def test_detail_05_fixed_shapes() -> None:
     assert asked.valid[:, -1].all() and not asked.valid[:, 0].any()  # left-padded
 
 
-def test_detail_06_summaries_and_comparisons_are_different_data() -> None:
+def test_detail_06_comparisons_are_other_data_and_validated_on_articles_too() -> None:
+    """CNN/DM's rows have an article; they are 1919 tokens and an answer of 102 at most: 2021 (detail 5)."""
     config = recipe()
     assert config.stage("reward_model").data.train != config.stage("sft").data.train
+    row = {"article": "one\ntwo", "summaries": ["a b", "c"], "choice": 0}
+    prompt = "Article:\n\none\ntwo\n\nTL;DR:"
+    assert to_row(row, len) == {"prompt": prompt, "chosen": " a b", "rejected": " c"}
+    assert query(row, len, limit=len(prompt) - 1) == prompt.replace("\ntwo", "")
+    long = {"article": "x" * 1000 + "\n" + "y" * 1000}
+    assert len(query(long, len)) <= 1919 and "y" not in query(long, len)
+    rows = [{"prompt": "1" * 1919, "chosen": "2" * 100, "rejected": "3"}]
+    tokenizer = character_tokenizer("0123456789+-=;#")
+    source = PreferenceSource(rows, tokenizer, 2021, 0, kind="pairs", unit=2)
+    assert source.take(DataPosition(), 1)[1].tokens.shape == (2, 2021)
 
 
 def test_detail_07_nothing_is_dropped_out() -> None:

@@ -1,9 +1,10 @@
-"""Reddit posts as prompts and summaries as completions (2403.17031, details 1 to 4).
+"""Reddit posts as prompts and summaries as completions (2403.17031, details 1 to 6).
 
     python -m rljax.data.tldr --input=RAW.jsonl --output=tldr/train.jsonl --tokenizer=FOLDER
 
 Rows in have ``subreddit, title, post, summary``; rows out ``prompt, solution``. With ``summaries`` and ``choice``
-instead of a summary they are comparisons: ``prompt, chosen, rejected``.
+instead of a summary they are comparisons: ``prompt, chosen, rejected``. A row with an ``article`` is CNN/DM's, on which
+reward models are validated outside of their domain (detail 6).
 """
 
 import json
@@ -16,29 +17,32 @@ from rljax.data.rows import DataError, Row, read_file
 from rljax.data.tokenizer import load_tokenizer
 
 QUERY_TOKENS = 512  # detail 2
+ARTICLE_TOKENS = 1919  # detail 5: of rows of 2021
 SUMMARY_TOKENS = 53  # detail 4, with the end token; those of comparisons have up to 169
 COMPARED_TOKENS = 169
 
 Count = Callable[[str], int]
 
 
-def query(row: Row, count: Count, limit: int = QUERY_TOKENS) -> str:
-    """The prompt of a post, at most ``limit`` tokens by ``count``: a longer post ends at an earlier line break.
+def query(row: Row, count: Count, limit: int | None = None) -> str:
+    """The prompt of a post or an article, at most 512 or 1919 tokens by ``count``: a longer one ends at a line break.
 
-    Raises DataError for a row without one of the columns, and for a post that no line break makes short enough.
+    Raises DataError for a row without one of the columns, and for a text that no line break makes short enough.
     """
-    for column in ("subreddit", "title", "post"):
-        if row.get(column) is None:
-            raise DataError(f"a post has no {column!r}; it has {', '.join(row)}")
-    post = row["post"]
-    while True:
-        text = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {post}\n\nTL;DR:"
-        if count(text) <= limit:
-            return text
-        shorter, line_break, _ = post.rpartition("\n")
+    if row.get("article") is not None:
+        head, text, limit = "Article:\n\n", row["article"], limit or ARTICLE_TOKENS
+    else:
+        for column in ("subreddit", "title", "post"):
+            if row.get(column) is None:
+                raise DataError(f"a post has no {column!r}; it has {', '.join(row)}")
+        head, text = f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: ", row["post"]
+        limit = limit or QUERY_TOKENS
+    while count(prompt := f"{head}{text}\n\nTL;DR:") > limit:
+        shorter, line_break, _ = text.rpartition("\n")
         if not line_break:
-            raise DataError(f"the post {row['title'][:40]!r} has no line break that brings it under {limit} tokens")
-        post = shorter
+            raise DataError(f"the text {text[:40]!r} has no line break that brings it under {limit} tokens")
+        text = shorter
+    return prompt
 
 
 def completion(summary: str) -> str:

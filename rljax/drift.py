@@ -2,8 +2,9 @@
 
 python -m rljax.drift --config configs/tinystories_grpo.py --model=runs/tinystories_grpo/model
 
-Several folders, ``--model=A --model=B``, are compared with the same start: a frontier of reward and KL. To judge by a
-reward model too, name its folder: ``--config.reward_model_from=FOLDER``.
+Several folders, ``--model=A --model=B``, are compared with the same start: a frontier of reward and KL. ``--split=dev``
+takes that split's prompts and not test's: whoever chose settings by one of them reports the other. To judge by a reward
+model too, name its folder: ``--config.reward_model_from=FOLDER``.
 """
 
 import json
@@ -137,16 +138,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"--help", "-h"} & set(arguments):
         print(__doc__, end="")
         return 0
-    folders = [text.partition("=")[2] for text in arguments if text.startswith("--model=")]
+    folders, splits = (
+        [t.partition("=")[2] for t in arguments if t.startswith(key)] for key in ("--model=", "--split=")
+    )
+    split = splits[-1] if splits else "test"
     try:
+        if split not in ("dev", "test"):
+            raise ValueError(f"--split={split}: held-out prompts are those of dev or of test")
         if not folders:
             raise ValueError("give the trained policy's folder as --model=runs/NAME/model")
-        config = parse([text for text in arguments if not text.startswith("--model=")]).config
+        config = parse([text for text in arguments if not text.startswith(("--model=", "--split="))]).config
         start_devices(config)
         session = open_session(config)
         for folder in folders:
             find_params(folder, session.model)
-        rows = split_rows(config.data, "test")
+        rows = split_rows(config.data, split)
         source = PromptSource(rows, session.tokenizer, config.data.prompt_lengths, config.data.seed, shuffle=False)
         if not (config.reward.names or config.reward_model_from):
             raise ValueError("config.reward.names and reward_model_from are empty; drift compares rewards as well")

@@ -8,6 +8,7 @@ from rljax.config import make_config
 from rljax.drift import BOUNDS, main
 from rljax.models.hf_export import save_hf
 from rljax.session import open_session
+from rljax.setup import split_rows
 from tests.tiny import ROOT, tiny_config
 
 CONFIG = ["--config", str(ROOT / "tests" / "configs" / "tiny.py"), "--config.compilation_cache=off"]
@@ -36,6 +37,18 @@ def test_the_start_has_not_drifted_from_itself(tmp_path, capsys, monkeypatch):
     assert best[0] == pytest.approx(base["reward"]) and best == sorted(best)
     holds = dict.fromkeys(BOUNDS, True) | {"reward": False}
     assert policy["holds"] == holds
+
+
+@pytest.mark.parametrize(("argument", "split"), [([], "test"), (["--split=dev"], "dev")])
+def test_prompts_are_those_of_the_split_that_is_named(argument, split, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("rljax.drift.start_devices", lambda config: None)
+    monkeypatch.setattr("rljax.drift.find_params", lambda folder, model: None)
+    monkeypatch.setattr("rljax.drift.split_rows", lambda data, name: asked.append(name) or split_rows(data, name))
+    monkeypatch.setattr("rljax.drift.measure_drift", lambda *_: {})
+    assert main([*CONFIG, "--model=x", *argument]) == 0
+    assert main([*CONFIG, "--model=x", "--split=train"]) == 2
+    assert asked == [split] and "held-out prompts are those of dev or of test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", BOUNDS)

@@ -28,6 +28,7 @@ from rljax.losses.masked import (
     AGGREGATIONS,
     Aggregation,
     constant_length,
+    count_all_sequences,
     count_tokens,
     masked_mean,
     masked_sum,
@@ -76,6 +77,7 @@ class PolicyConfig:
     dual_clip: float | None = None  # bound on the loss at negative advantages (1912.09729), usually 3
     sapo_tau: tuple[float, ...] = (1.0, 1.05)  # sapo's temperatures for positive and negative advantages
     entropy_coef: float = 0.0  # weight of the entropy bonus
+    count_empty: bool = False  # means over sequences divide by all of them, also by those left out of the loss (TRL)
     mask_truncated: bool = False  # leave truncated completions out of the loss, but not of the statistics
     correction: Literal["none", "decoupled", "truncated", "masked", "two_sided"] = (
         "none"  # off-policy weight, proximal over behavior: as is (2110.00641), TIS, MIS, IcePop
@@ -154,6 +156,10 @@ def policy_needs(config: PolicyConfig) -> set[str]:
         raise ValueError(
             f"surrogate {config.surrogate!r} is of whole sequences; set aggregation to 'sequence_mean_token_mean'"
         )
+    if config.count_empty and not config.aggregation.startswith("sequence_mean"):
+        raise ValueError(
+            f"count_empty is of means over sequences, and aggregation is {config.aggregation!r}; turn it off"
+        )
     if config.kl_coef and config.kl_in == "loss" and config.kl_estimator == "k1":
         raise ValueError("kl_estimator 'k1' has no gradient in the loss; set kl_in to 'reward', or take k2 or k3")
     if config.dual_clip is not None and config.surrogate in WITHOUT_RATIO:
@@ -178,7 +184,7 @@ def aggregation_of(config: PolicyConfig, max_new_tokens: int) -> Aggregation:
         return constant_length(max_new_tokens)
     chosen = AGGREGATIONS[config.aggregation]
     assert isinstance(chosen, Aggregation)
-    return chosen
+    return chosen._replace(denominator=count_all_sequences) if config.count_empty else chosen
 
 
 def trained_mask(config: PolicyConfig, experience: Experience) -> Mask:

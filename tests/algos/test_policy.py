@@ -9,7 +9,7 @@ import pytest
 
 from rljax.algos import grpo, policy
 from rljax.losses.kl import k2, k3
-from rljax.types import FINISH_END, FINISH_LENGTH, Experience, Outputs
+from rljax.types import Experience, Outputs
 from tests.algos.rollouts import completion, experience, on_completion
 from tests.algos.tables import terms_of
 
@@ -239,14 +239,22 @@ def test_gpg_as_verl_counts_rewards_that_are_not_0() -> None:
     np.testing.assert_allclose(got, [0.5 * 4 / 3, -0.5 * 4 / 3, 0, 0], rtol=1e-6)
 
 
+def test_a_sequence_mean_may_count_rows_that_it_leaves_out() -> None:
+    """Of two rows the second is cut off and left out: the mean is over one row, or as TRL has it over two."""
+    exp = experience([2.0, 0.0], [2, 2], finished=[True, False])
+    means = [losses(algorithm(mask_truncated=True, count_empty=count), exp=exp)["policy"] for count in (False, True)]
+    np.testing.assert_allclose(means[0], 2 * means[1], rtol=1e-6)
+    assert means[0] != 0
+    with pytest.raises(ValueError, match="count_empty is of means over sequences"):
+        algorithm(aggregation="token_mean", count_empty=True)
+
+
 def test_truncated_rows_may_leave_the_statistics() -> None:
     """Rewards 4, 2, 0, the last cut off (the budget is 4): the mean is 3 without it, 2 with it."""
     settings: dict[str, Any] = {"group_size": 3, "mask_truncated": True}
     for inside, expected in ((True, [2.0, 0.0]), (False, [1.0, -1.0])):
         algo = algorithm(truncated_in_statistics=inside, **settings)
-        exp = experience([4.0, 2.0, 0.0], [2, 2, 2])
-        finish = jnp.array([FINISH_END, FINISH_END, FINISH_LENGTH])
-        exp = exp._replace(rollout=exp.rollout._replace(finish_reason=finish))
+        exp = experience([4.0, 2.0, 0.0], [2, 2, 2], finished=[True, True, False])
         batch = algo.targets(algo.init(), exp)[1]
         np.testing.assert_allclose(completion(batch["advantages"])[:2, 0], expected, rtol=1e-6)
         assert not np.asarray(batch["loss_mask"])[2].any()

@@ -146,6 +146,7 @@ class Forward:
             (rows,),
             chunk_size=self.logits_chunk,
             vocab_size=self.model.config.vocab_size,
+            count=reads.count,
         )
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import jax
 
@@ -56,24 +55,24 @@ class CompileCounter:
         jax.monitoring.register_event_listener(self._happens)
         jax.monitoring.register_event_duration_secs_listener(self._ends)
 
-    def _begins(self, event: str, _: float, fun_name: str = "", **__: Any) -> None:
+    def _begins(self, event: str, value: float | int, **about: str | int) -> None:
         """A program is traced, or where it had been traced before, compiled."""
         if event not in (_TRACE_EVENT, _COMPILE_EVENT):
             return
-        self._from_cache, name = False, _bare(fun_name)
+        self._from_cache, name = False, _name(about)
         if self._say is not None and name in PROGRAMS and name not in self._began:
             self._began[name] = time.perf_counter()
             self._say(f"compiling {PROGRAMS[name]}")
 
-    def _happens(self, event: str, **_: Any) -> None:
+    def _happens(self, event: str, **_: str | int) -> None:
         self._from_cache |= event == _CACHE_EVENT
 
-    def _ends(self, event: str, duration_secs: float, fun_name: str = "", **_: Any) -> None:
+    def _ends(self, event: str, duration_secs: float, **about: str | int) -> None:
         if event != _COMPILE_EVENT:
             return
         self.count += 1
         self.seconds += duration_secs
-        name = _bare(fun_name)
+        name = _name(about)
         self.programs += name in PROGRAMS
         if self._say is not None and name in self._began:
             cached = ", from the cache" if self._from_cache else ""
@@ -94,5 +93,6 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._ends)
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix("jit(").removesuffix(")")
+def _name(about: dict[str, str | int]) -> str:
+    """Of what JAX compiles, jit(update) or update."""
+    return str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")

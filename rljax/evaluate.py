@@ -44,6 +44,7 @@ class Evaluator:
             sampling,
             dtype=session.dtype,
             refill=session.refill(config, self._prompts_per_batch * samples, samples),
+            name="evaluation",
         )
 
     def run(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from rljax.algos.base import Algorithm, Batch
 from rljax.algos.pairs import on_rows
+from rljax.compiles import named
 from rljax.config import EvalConfig
 from rljax.data.batches import DataPosition
 from rljax.forward import Forward, head_needs, make_reward
@@ -90,7 +91,7 @@ def explicit_rewards(algorithm: Algorithm, forward: Forward, pieces: int) -> Cal
     def rewards(params: Params, batch: Batch) -> Array:
         return join_rows(jax.lax.map(partial(piece, params), cut_rows(batch, pieces, forward.layout)), forward.layout)
 
-    return jax.jit(rewards)
+    return jax.jit(named("evaluation", rewards))
 
 
 def implicit_rewards(algorithm: Algorithm, forward: Forward, pieces: int) -> Callable[[Params, Batch], Array]:
@@ -114,7 +115,7 @@ def implicit_rewards(algorithm: Algorithm, forward: Forward, pieces: int) -> Cal
             return terms["reward_desirable"] + terms["reward_undesirable"]
         return on_rows(terms["reward_chosen"], terms["reward_rejected"])
 
-    return jax.jit(rewards)
+    return jax.jit(named("evaluation", rewards))
 
 
 def better_answers(scores: PerAnswer, valid: Bool[np.ndarray, "n k"], *, by_place: bool) -> Bool[np.ndarray, "n k k"]:
@@ -220,7 +221,7 @@ class BestOfN:
 
     def __init__(self, forward: Forward, batches: list[Completions], settings: EvalConfig):
         self.batches, self.settings = batches, settings
-        self._rewards = make_reward(forward, 1)
+        self._rewards = make_reward(forward, 1, name="evaluation")
 
     def run(self, reward_model: Params) -> dict[str, float]:
         """``best_of_{k}``: expected true reward of the best-scored of k, with its interval over prompts.

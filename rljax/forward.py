@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.algos.base import Algorithm, Batch
+from rljax.compiles import named
 from rljax.losses.chunked_logprobs import chunked_logprobs
 from rljax.losses.head_logits import reduce_logits_in_chunks
 from rljax.losses.logprobs import LogprobStats, log_normalizer
@@ -145,6 +146,7 @@ class Forward:
             (rows,),
             chunk_size=self.logits_chunk,
             vocab_size=self.model.config.vocab_size,
+            count=reads.count,
         )
 
 
@@ -225,18 +227,24 @@ def last_scores(scores: Float[Array, "b t ..."], valid: Array) -> Float[Array, "
 
 
 def make_score(
-    forward: Forward, head_from: int, pieces: int, bin_length: int | None = None, *, from_host: bool = False
+    forward: Forward,
+    head_from: int,
+    pieces: int,
+    bin_length: int | None = None,
+    *,
+    from_host: bool = False,
+    name: str = "score_policy",
 ) -> Callable[[Params, Batch], Float[Array, "b t"]]:
     """``score(params, batch) -> logprobs``: teacher-forced log-probs of every row, a piece of the rows at a time.
 
     With ``bin_length`` rows are packed into bins of that many tokens (0: as many as a row is wide). ``from_host``
-    parameters lie in the hosts' memory.
+    parameters lie in the hosts' memory. ``name`` is of PROGRAMS (``rljax/compiles.py``).
     """
 
     def logprobs(params: Params, rows: Batch) -> Array | None:
         return forward.outputs(params, rows, head_from).logprobs
 
-    return _in_pieces(forward, pieces, bin_length, logprobs, from_host)
+    return _in_pieces(name, forward, pieces, bin_length, logprobs, from_host)
 
 
 def make_value(
@@ -248,28 +256,33 @@ def make_value(
         scores = forward.scores(params, rows)
         return as_values(scores), last_scores(scores, rows["valid"])
 
-    return _in_pieces(forward, pieces, bin_length, value)
+    return _in_pieces("values", forward, pieces, bin_length, value)
 
 
 def make_reward(
-    forward: Forward, pieces: int, bin_length: int | None = None
+    forward: Forward, pieces: int, bin_length: int | None = None, name: str = "reward"
 ) -> Callable[[Params, Batch], Float[Array, " b"]]:
     """``reward(params, batch) -> [b]``: a reward model's score at the last token of every row."""
 
     def reward(params: Params, rows: Batch) -> Array:
         return last_scores(forward.scores(params, rows), rows["valid"])
 
-    return _in_pieces(forward, pieces, bin_length, reward)
+    return _in_pieces(name, forward, pieces, bin_length, reward)
 
 
 def make_teacher(
     forward: Forward, head_from: int, pieces: int, k: int, bin_length: int | None = None
 ) -> Callable[[Params, Batch], tuple]:
     """``teacher(params, batch) -> (tokens, logprobs)``, [b t k]: the likeliest tokens of every position."""
-    return _in_pieces(forward, pieces, bin_length, lambda params, rows: forward.top_k(params, rows, head_from, k))
+
+    def top_tokens(params: Params, rows: Batch) -> tuple[Array, Array]:
+        return forward.top_k(params, rows, head_from, k)
+
+    return _in_pieces("teacher", forward, pieces, bin_length, top_tokens)
 
 
 def _in_pieces(
+    name: str,
     forward: Forward,
     pieces: int,
     bin_length: int | None,
@@ -280,4 +293,4 @@ def _in_pieces(
         params = fetched(params) if from_host else params
         return map_rows(partial(run, params), batch, pieces, bin_length, forward.layout)
 
-    return jax.jit(score)
+    return jax.jit(named(name, score))

@@ -18,6 +18,7 @@ from rljax.models.quantized import cast
 from rljax.session import Session
 from rljax.sharding import Layout
 from rljax.stage_models import frozen_sources
+from rljax.stage_state import abstract_saved
 from rljax.stages import Stage
 
 # Who holds memory in which phase of a step.
@@ -46,7 +47,7 @@ def bytes_by_owner(stage: Stage) -> list[Owner]:
     time, libtpu 0.0.42), XLA on CPUs 0.8 to 1.2 times for what tests/test_plan.py compiles.
     """
     session = stage.session
-    state = stage.abstract_saved()["train"]
+    state = abstract_saved(stage)["train"]
     moments = "update" if stage.config.offload_optimizer else "always"
     owners = [
         Owner("parameters", _local_bytes(state.params), "always"),

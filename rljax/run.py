@@ -26,6 +26,7 @@ from rljax.session import Session
 from rljax.setup import make_writer, open_inputs
 from rljax.sharding import agree
 from rljax.stage_models import frozen_sources
+from rljax.stage_state import abstract_saved
 from rljax.stages import build_stage
 
 
@@ -126,6 +127,7 @@ class Run:
 
     def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
         metrics: dict[str, float] = {}
+        before = self.compiles.programs  # what processes exchange has a program for each length
         shown: list[dict[str, Any]] = []
         if split in self.best_of_n and "reward_model" in trees:
             metrics |= self.best_of_n[split].run(trees["reward_model"])
@@ -135,6 +137,8 @@ class Run:
             found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found
             shown = show(batches, self.config.eval.shown_prompts)
+        kind = ("evaluation", self.progress.stage, split, *sorted(trees), ranker is not None)
+        self.compiles.check(kind, self.compiles.programs - before)
         if not metrics:
             return
         if "score" in metrics:
@@ -175,7 +179,7 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         writer = stack.enter_context(make_writer(session, folder, total_steps(config)))
         writer.truncate_after(progress.step if resumes else -1)
         preemption = stack.enter_context(Preemption())
-        compiles = CompileCounter()
+        compiles = CompileCounter(writer.say)
         stack.callback(compiles.close)
         if not resumes:
             _report_data(writer, config, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
@@ -219,7 +223,7 @@ def _check_disk(session: Session, sources: list[Any]) -> None:
     named = zip(config.recipe, sources, strict=True)
     stages = [build_stage(session, config.stage(name), 0, source, None) for name, source in named]
     kept = 1 if (folder / "checkpoints").exists() else config.checkpoint.keep + int(config.checkpoint.keep_best) + 1
-    states = kept * max(_bytes(stage.abstract_saved()) for stage in stages)
+    states = kept * max(_bytes(abstract_saved(stage)) for stage in stages)
     weights = sum(_bytes(session.abstract_tree(model)) for stage in stages for model in stage.trees.values())
     exported = {tree: model for stage in stages for tree, model in stage.trees.items() if tree != "critic"}
     weights += int(config.checkpoint.export) * sum(_bytes(session.abstract_tree(m)) for m in exported.values())

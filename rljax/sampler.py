@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rljax.compiles import named
 from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import cached_attend, visibility
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
@@ -48,6 +49,7 @@ def make_generate(
     mixture: float | None = None,
     weights_dtype: str = "compute",
     cache_dtype: str = "compute",
+    name: str = "rollout",
 ) -> Generate:
     """``generate(params, prompts, key, step_version) -> Rollout``, compiled once for each shape of ``prompts``.
 
@@ -60,6 +62,7 @@ def make_generate(
     With ``mixture`` m in (0, 1), parameters are a pair and tokens come from ``π_1^{1-m} π_2^m``, renormalised.
     ``weights_dtype`` int8 rounds the layers' weights, once, with a scale an output channel; ``cache_dtype`` int8 keys
     and values, with a scale for each token's every head. Log-probs are those of what sampled: of the rounded policy.
+    ``name`` is of PROGRAMS (``rljax/compiles.py``).
     """
     rows = PartitionSpec(BATCH_AXES)
     shares = (1.0,) if mixture is None else (1 - mixture, mixture)
@@ -94,7 +97,7 @@ def make_generate(
         rollout = _as_rollout(prompts, step_version, *shard(weights, prompts, key))
         return jax.lax.with_sharding_constraint(rollout, train.rows)
 
-    return jax.jit(generate)
+    return jax.jit(named(name, generate))
 
 
 def _as_rollout(

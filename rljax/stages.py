@@ -15,7 +15,7 @@ from rljax.data.batches import SupervisedSource
 from rljax.forward import Forward, make_reward, make_score, make_teacher, make_value
 from rljax.models.decoder import Model, Params
 from rljax.models.params import param_shardings
-from rljax.optim import make_optimizer, make_schedule, state_shardings
+from rljax.optim import make_optimizer, make_schedule
 from rljax.reference import CachedLogprobs, moved_mean
 from rljax.rewards.runner import RewardRunner
 from rljax.sampler import Generate, make_generate
@@ -176,42 +176,6 @@ class Stage:
             steps = self.config.batch.epochs * self.config.batch.minibatches
             self.critic_mean = moved_mean(self.critic_mean, state.params["critic"], self.algorithm.critic_ema**steps)
 
-    # -- what a checkpoint holds
-
-    def saved(self, state: TrainState) -> dict[str, Any]:
-        saved: dict[str, Any] = {"train": state}
-        if self.moving_reference:
-            saved["reference"] = self.reference
-        if self.critic_mean is not None:
-            saved["critic_mean"] = self.critic_mean
-        return {**saved, "past": self.past} if self.past else saved
-
-    def restored(self, saved: dict[str, Any]) -> TrainState:
-        if "reference" in saved:
-            self.frozen["reference"] = saved["reference"]
-        self.critic_mean = saved.get("critic_mean")
-        self.past = [Snapshot(*snapshot) for snapshot in saved.get("past", [])]
-        return saved["train"]
-
-    def abstract_saved(self) -> dict[str, Any]:
-        """The shapes and places of ``saved``, for restoring without making a state first."""
-        session = self.session
-        params = {tree: session.abstract_tree(model) for tree, model in self.trees.items()}
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        everywhere = session.train.replicated
-        placed = jax.tree.map(_placed, opt_state, state_shardings(opt_state, self.moment_shardings(), everywhere))
-        step, algo_state = jax.eval_shape(lambda: (jnp.int32(0), self.algorithm.init()))
-        small = jax.tree.map(lambda x: _placed(x, everywhere), (step, algo_state))
-        saved: dict[str, Any] = {"train": TrainState(small[0], params, placed, small[1])}
-        if self.moving_reference:
-            saved["reference"] = session.abstract_policy(self.frozen_dtype("reference"))
-        if self.algorithm.critic_ema:
-            saved["critic_mean"] = params["critic"]
-        if self.online and self.config.rollout.lag:
-            snapshot = Snapshot(small[0], session.abstract_policy(session.dtype))
-            saved["past"] = [snapshot] * self.config.rollout.lag
-        return saved
-
     # -- compiled programs
 
     def program(self, kind: str, head_from: int, state: TrainState | None = None) -> Callable:
@@ -234,7 +198,7 @@ class Stage:
         if kind.startswith("score_"):
             from_host = kind == "score_reference" and self.config.offload_reference
             forward = self.forwards[kind.removeprefix("score_")]
-            return make_score(forward, head_from, pieces, bin_length, from_host=from_host)
+            return make_score(forward, head_from, pieces, bin_length, from_host=from_host, name=kind)
         if kind == "values":
             return make_value(self.forwards["critic"], pieces, bin_length)
         if kind == "reward":
@@ -297,11 +261,9 @@ def build_stage(
         source=source,
         runner=runner,
         generate=generate(replace(sampling, greedy_samples=algorithm.greedy_samples)) if sampling else None,
-        rival=generate(sampling, mixture=None if mixture == 1 else mixture) if sampling and mixture else None,
+        rival=generate(sampling, mixture=None if mixture == 1 else mixture, name="rival_rollout")
+        if sampling and mixture
+        else None,
         divergence=make_divergence(session.train),
         text=text,
     )
-
-
-def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

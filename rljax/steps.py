@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from rljax.algos.base import Algorithm, Batch, total
+from rljax.compiles import named
 from rljax.forward import Forward, tree_outputs
 from rljax.losses.kl import k3
 from rljax.losses.masked import count_sequences, count_tokens, masked_sum
@@ -122,7 +123,7 @@ def make_update(
         return state, {name: values.reshape(-1) for name, values in metrics.items()}
 
     # The state leaves as it came, so that the second call finds the first one's program.
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_sharding, u.layout.replicated))
+    return jax.jit(named("update", update), donate_argnums=0, out_shardings=(state_sharding, u.layout.replicated))
 
 
 def _optimizer_step(

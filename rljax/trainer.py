@@ -14,6 +14,7 @@ from rljax.offline import center_rewards, load_reference_caches, open_comparison
 from rljax.run import Run, total_steps
 from rljax.samples import SampleWriter, open_source
 from rljax.stage_models import frozen_sources
+from rljax.stage_state import abstract_saved, restored, saved
 from rljax.stage_steps import StepResult, collect_step, offline_step, online_step
 from rljax.stages import Stage, build_stage
 from rljax.steps import TrainState
@@ -71,7 +72,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
             run.save_stage(name, state.params)
         score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
         run.writer.flush()
-        run.checkpoints.save(progress.step, stage.saved(state), progress.to_json(), score=score, force=last or leave)
+        run.checkpoints.save(progress.step, saved(stage, state), progress.to_json(), score=score, force=last or leave)
         if leave and progress.step < total_steps(run.config):
             run.checkpoints.wait()
             run.writer.event(
@@ -91,9 +92,12 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
     progress.data = result.position
     _count(run, stage, result)
     kind = (stage.number, stage.last_head_from, result.metrics.get("train/rounds", 1) > 1)
-    run.compiles.check(kind, before)
+    run.compiles.check(kind, run.compiles.count - before)
     _stop_trace(run)
+    before, every = run.compiles.count, stage.config.reference_reset_steps
     stage.update_reference(result.state, progress.stage_step)
+    resets = every > 0 and progress.stage_step % every == 0
+    run.compiles.check(("reference", stage.number, resets), run.compiles.count - before)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
     _write_step_samples(run, result)
     samples.write(progress.step, result.completions)
@@ -189,10 +193,10 @@ def _freeze_models(run: Run, stage: Stage, origin: str, policy: Params | None) -
 
 def _restore(run: Run, stage: Stage, origin: str) -> TrainState:
     start = time.perf_counter()
-    saved, _ = run.checkpoints.restore(stage.abstract_saved())
+    tree, _ = run.checkpoints.restore(abstract_saved(stage))
     run.checkpoints.delete_after(run.progress.step)
     _freeze_models(run, stage, origin, None)
-    state = stage.restored(saved)
+    state = restored(stage, tree)
     open_comparisons(run, stage, origin, None)
     run.writer.event(
         run.progress.step, f"resuming from step {run.progress.step} ({time.perf_counter() - start:.1f} s to restore)"

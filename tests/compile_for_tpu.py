@@ -25,6 +25,7 @@ from rljax.models import FAMILIES
 from rljax.models.decoder import Model
 from rljax.session import Session
 from rljax.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, in_host_memory, parse_mesh, refactor_mesh
+from rljax.stage_state import abstract_saved
 from rljax.stages import Stage, build_stage
 from rljax.types import Experience, Prompts
 
@@ -98,7 +99,7 @@ def compile_programs(stage: Stage, names: tuple[str, ...] = PROGRAMS) -> dict[st
     """Rollout, scoring and update, each fed with the shapes that the one before gives."""
     session = stage.session
     rows, whole = session.train.rows, session.train.replicated
-    state = stage.abstract_saved()["train"]
+    state = abstract_saved(stage)["train"]
     reference = session.abstract_policy(stage.frozen_dtype("reference"))
     if stage.config.offload_reference:
         reference = jax.tree.map(lambda x: x.update(sharding=in_host_memory(x.sharding)), reference)
@@ -210,7 +211,7 @@ def bytes_of(compiled: Any) -> int:
 def main(topology: str, name: str) -> None:
     stage = open_stage(topology, name)
     session = stage.session
-    state = stage.abstract_saved()["train"]
+    state = abstract_saved(stage)["train"]
     held = {"state": local_bytes(state), "policy": local_bytes(state.params)}
     held["reference"] = local_bytes(session.abstract_policy(stage.frozen_dtype("reference")))
     # What a program's own arguments do not hold already.

@@ -1,5 +1,7 @@
 """What is read off a pass, against whole logits: top tokens, collisions, scalar heads and where they are read."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from rljax.algos.base import Batch
 from rljax.forward import as_values, last_scores, make_reward, make_teacher, make_value
+from rljax.losses.head_logits import reduce_logits_in_chunks
 from rljax.models.decoder import hidden_states, logits, row_positions
 from rljax.models.params import declare, init_params, init_scalar_head, map_params
 from rljax.sharding import to_global
@@ -73,6 +76,22 @@ def test_chosen_tokens_and_collisions_are_those_of_the_whole_distribution(logpro
     np.testing.assert_allclose(np.asarray(outputs.mean_logprobs)[mask], logprobs.mean(axis=-1)[mask], atol=2e-6)
     collision = np.log(np.exp(2 * logprobs.astype(np.float64)).sum(axis=-1))
     np.testing.assert_allclose(np.asarray(outputs.collision)[mask], collision[mask], atol=2e-6)
+
+
+def test_whole_rows_of_logits_are_made_for_tokens_with_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 of 4 x 5 completion tokens have one: collisions, means and top tokens are of those, and count no others."""
+    asked = []
+
+    def counting(hidden: jax.Array, *inputs: Any, count: Any = None, **options: Any) -> Any:
+        asked.append((len(hidden), None if count is None else int(count)))
+        return reduce_logits_in_chunks(hidden, *inputs, count=count, **options)
+
+    monkeypatch.setattr("rljax.forward.reduce_logits_in_chunks", counting)
+    forward, params = tiny_forward(MODEL, layout()), init_params(MODEL, layout(), seed=0)
+    forward.outputs(params, placed("1,1,1"), P, frozenset({"topk_logprobs", "collision", "logit_means"}))
+    forward.top_k(params, placed("1,1,1"), P, K)
+    assert batch()["loss_mask"].sum() == 11
+    assert asked == [(4 * C, 11)] * 4
 
 
 def test_a_value_is_read_where_its_token_is_predicted_and_a_score_at_the_last_token() -> None:

@@ -14,6 +14,7 @@ import pytest
 from rljax.checkpoint import Checkpointer
 from rljax.config import ConfigError
 from rljax.sharding import HOST_MEMORY, to_global
+from rljax.stage_state import abstract_saved, saved
 from rljax.stages import Stage
 from tests.truths import digit_share, main_stage, random_batch, tiny_session
 
@@ -54,9 +55,9 @@ def test_what_waits_in_the_hosts_memory_gives_the_same_numbers(tmp_path: Path) -
     assert set(kinds(state.opt_state)) == set(kinds(away.reference)) == {HOST_MEMORY}
     assert HOST_MEMORY not in kinds(state.params) + kinds(expected[0].opt_state) + kinds(plain.reference)
     with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(1, away.saved(state), {}, force=True)
-        restored, _ = checkpoints.restore(away.abstract_saved())
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(away.saved(state)))
+        checkpoints.save(1, saved(away, state), {}, force=True)
+        restored, _ = checkpoints.restore(abstract_saved(away))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(saved(away, state)))
     assert set(kinds(restored["train"].opt_state)) == {HOST_MEMORY}
 
 

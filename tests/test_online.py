@@ -14,6 +14,7 @@ from rljax.data.batches import DataPosition
 from rljax.metric_names import undocumented
 from rljax.session import open_session
 from rljax.stage_models import frozen_sources
+from rljax.stage_state import abstract_saved, restored, saved
 from rljax.stage_steps import online_step, score
 from rljax.stages import Stage
 from rljax.steps import TrainState
@@ -156,14 +157,14 @@ def test_a_critic_s_running_mean_reads_each_rollout_and_follows() -> None:
     state, metrics = run(stage, state, 1)
     expected = jax.tree.map(lambda m, p: 0.9604 * m + 0.0396 * np.asarray(p), first, state.params["critic"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), stage.critic_mean, expected)
-    saved = stage.saved(state)
-    assert jax.tree.structure(stage.abstract_saved()) == jax.tree.structure(saved)
-    jax.tree.map(np.testing.assert_array_equal, saved["critic_mean"], stage.critic_mean)
+    kept = saved(stage, state)
+    assert jax.tree.structure(abstract_saved(stage)) == jax.tree.structure(kept)
+    jax.tree.map(np.testing.assert_array_equal, kept["critic_mean"], stage.critic_mean)
     assert metrics[0]["train/value_ema"] == pytest.approx(np.log(32), rel=0.01)
     assert metrics[0]["train/first_max_log_ratio"] <= 1e-5  # the even share is in both log-probs
     stage.critic_mean = None
-    stage.restored(saved)
-    assert stage.critic_mean is saved["critic_mean"]
+    restored(stage, kept)
+    assert stage.critic_mean is kept["critic_mean"]
 
 
 def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
@@ -203,4 +204,4 @@ def test_a_lag_is_what_the_log_says_and_the_old_policy_stays_readable() -> None:
     # The update gave the buffers of this policy away; the next rollout is its all the same.
     assert (int(stage.past[0].step), int(state.step)) == (4, 6)
     jax.tree.map(np.testing.assert_array_equal, stage.past[0].policy, kept)
-    assert jax.tree.structure(stage.abstract_saved()) == jax.tree.structure(stage.saved(state))
+    assert jax.tree.structure(abstract_saved(stage)) == jax.tree.structure(saved(stage, state))

@@ -17,6 +17,7 @@ from rljax.main import main
 from rljax.memory_plan import Owner, bytes_by_owner, peaks
 from rljax.session import open_session
 from rljax.setup import make_source
+from rljax.stage_state import abstract_saved
 from rljax.stages import Stage, build_stage
 from rljax.types import Prompts
 from tests.tiny import ROOT, tiny_config
@@ -113,7 +114,7 @@ def used(compiled) -> int:
 
 
 def compiled_update(stage: Stage) -> int:
-    state, rows, columns = stage.abstract_saved()["train"], stage.rows_per_step, 128
+    state, rows, columns = abstract_saved(stage)["train"], stage.rows_per_step, 128
     dtypes = {"tokens": jnp.int32, "valid": bool, "loss_mask": bool}
     dtypes |= dict.fromkeys(("behavior_logprobs", "advantages", "support"), jnp.float32)
     batch = {name: placed(stage, (rows, columns), dtype) for name, dtype in dtypes.items()}

@@ -12,6 +12,7 @@ from rljax.collect import collect
 from rljax.compiles import CompileCounter
 from rljax.data.batches import DataPosition
 from rljax.rewards.base import Score, Span
+from rljax.stage_state import abstract_saved
 from rljax.stage_steps import online_step
 from rljax.stages import Stage
 from rljax.steps import TrainState
@@ -257,5 +258,5 @@ def test_a_running_mean_keeps_its_bits_in_bfloat16() -> None:
     stage.update_reference(state, 1)
     expected = jax.tree.map(lambda r: (0.999 + 0.0015) * r, start)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), stage.reference, expected)
-    shapes = stage.abstract_saved()["reference"]
+    shapes = abstract_saved(stage)["reference"]
     assert {x.dtype for x in jax.tree.leaves(shapes)} == {x.dtype for x in jax.tree.leaves(stage.reference)}

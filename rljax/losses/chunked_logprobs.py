@@ -1,6 +1,5 @@
 """Log-probs and entropy from hidden states and a head, chunk by chunk: no [tokens, vocabulary] buffer either way."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from rljax.losses.head_logits import (
     check_head,
     dot,
     hide_padding,
-    join_chunks,
     product_transposed,
-    split_chunks,
+    scan_chunks,
     varying_like,
 )
 from rljax.losses.logprobs import (
@@ -138,6 +136,7 @@ def _chunked(
 def _chunked_fwd(options, *inputs):
     inputs = tuple(x.value if isinstance(x, CustomVJPPrimal) else x for x in inputs)
     hidden, head, targets, support, count = inputs
+    counted = count if options.counted else None
     tables = _table_blocks(options, head.astype(hidden.dtype))
 
     def chunk(_, arrays):
@@ -162,7 +161,7 @@ def _chunked_fwd(options, *inputs):
             nats = jnp.zeros_like(full)
         return None, (jnp.sum(chosen, axis=-1) - kept, nats, full, kept)
 
-    _, results = _scan_chunks(options, chunk, None, (hidden, targets, support), count)
+    _, results = scan_chunks(chunk, None, (hidden, targets, support), options.chunk_size, counted)
     logprobs, nats, full, kept = results
     return (logprobs, nats), (hidden, head, targets, support, count, full, kept, nats)
 
@@ -209,36 +208,11 @@ def _chunked_bwd(options, saved, cotangents):
     zeros = jnp.zeros_like(head, dtype=full.dtype)
     if options.vocab_blocks > 1:  # [blocks, d, v / blocks]
         zeros = _table_blocks(options, zeros)[0].swapaxes(1, 2)
-    d_head, d_hidden = _scan_chunks(options, chunk, zeros, arrays, count)
+    counted = count if options.counted else None
+    d_head, d_hidden = scan_chunks(chunk, zeros, arrays, options.chunk_size, counted)
     if options.vocab_blocks > 1:
         d_head = d_head.swapaxes(1, 2).reshape(head.shape)
     return d_hidden, d_head.astype(head.dtype), None, jnp.zeros_like(support), None
-
-
-def _scan_chunks(options: _Options, chunk: Callable, carry: Any, arrays: tuple[Array | None, ...], count: Array) -> Any:
-    """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; where n is counted, over those with tokens only."""
-    n = len(jax.tree.leaves(arrays)[0])
-    if not options.counted:
-        carry, results = lax.scan(
-            chunk, carry, jax.tree.map(partial(split_chunks, chunk_size=options.chunk_size), arrays)
-        )
-        return carry, jax.tree.map(partial(join_chunks, n=n), results)
-    rows = -(-n // max(1, -(-n // options.chunk_size)))
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)), arrays)
-
-    def cut(start: Array) -> tuple[Array | None, ...]:
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, rows), padded)
-
-    def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        carry, results = chunk(state[0], cut(number * rows))
-        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * rows, axis=0)
-        return carry, jax.tree.map(write, state[1], results)
-
-    shapes = jax.eval_shape(lambda: chunk(carry, cut(jnp.int32(0)))[1])
-    empty = jax.tree.map(lambda s: jnp.zeros((n + -n % rows, *s.shape[1:]), s.dtype), shapes)
-    used = (count + rows - 1) // rows
-    carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))
-    return carry, jax.tree.map(lambda x: x[:n], results)
 
 
 # Who asks for entropy only to look at it does not pay for its derivative.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rljax.losses.masked import at_least_float32
 from rljax.losses.shapes import Given, check_shapes, refuse_unequal
@@ -22,6 +22,7 @@ def reduce_logits_in_chunks(
     *,
     chunk_size: int,
     vocab_size: int | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> Any:
     """``reducer(logits, *rows)`` for what needs whole rows of logits (exact KL, Jensen-Shannon, a second head).
 
@@ -29,6 +30,9 @@ def reduce_logits_in_chunks(
     logits [chunk, v] and returns a pytree of [chunk, ...] arrays, which come back as [n, ...]. Each chunk is
     rematerialised in the backward pass, so nothing of size [n, v] is saved. What ``reducer`` closes over gets gradients
     too; for a second head call ``head_logits`` in it.
+
+    With ``count`` only that many tokens, the first, are looked at, in both directions and known at run time only: the
+    others get zeros and cost nothing.
     """
     check_head(head, chunk_size, vocab_size, 1.0)
     for path, x in jax.tree_util.tree_leaves_with_path(rows):
@@ -38,14 +42,68 @@ def reduce_logits_in_chunks(
         )
     head = at_least_float32(varying_like(head, hidden))  # its gradient is summed over chunks
 
-    @jax.checkpoint
-    def chunk(arrays):
+    def chunk(head, arrays):
         hidden_chunk, rows_chunk = arrays
         return reducer(head_logits(hidden_chunk, head, vocab_size=vocab_size), *rows_chunk)
 
-    n = hidden.shape[0]
-    chunks = jax.tree.map(partial(split_chunks, chunk_size=chunk_size), (hidden, rows))
-    return jax.tree.map(partial(join_chunks, n=n), lax.map(chunk, chunks))
+    if count is not None:
+        return _reduce_first(chunk, head, (hidden, rows), chunk_size, count)
+    remade = jax.checkpoint(partial(chunk, head))
+    return scan_chunks(lambda _, arrays: (None, remade(arrays)), None, (hidden, rows), chunk_size)[1]
+
+
+def _reduce_first(chunk: Callable, head: Array, arrays: Any, chunk_size: int, count: Array) -> Any:
+    """``chunk(head, arrays)`` of the first ``count`` tokens, a chunk at a time, and zeros."""
+    n = len(jax.tree.leaves(arrays)[0])
+    floats, others = _floats(arrays), _floats(arrays, others=True)
+
+    def merged(head: Array, floats: Any, others: Any) -> Any:
+        return chunk(head, jax.tree.map(lambda x, y: y if x is None else x, floats, others, is_leaf=_is_none))
+
+    some = jax.tree.map(lambda x: x[: _chunk_rows(n, chunk_size)], (floats, others))
+    run, closed = jax.closure_convert(merged, head, *some)
+    results = _counted(run, chunk_size, (head, *closed), floats, others, count)
+    return jax.tree.map(
+        lambda x: jnp.where((jnp.arange(n) < count).reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), results
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _counted(run: Callable, chunk_size: int, consts: tuple, floats: Any, others: Any, count: Array) -> Any:
+    def chunk(_: None, arrays: tuple) -> tuple[None, Any]:
+        return None, run(consts[0], *arrays, *consts[1:])
+
+    return scan_chunks(chunk, None, (floats, others), chunk_size, count)[1]
+
+
+def _counted_fwd(run: Callable, chunk_size: int, *inputs: Any) -> tuple[Any, tuple]:
+    return _counted(run, chunk_size, *inputs), inputs
+
+
+def _counted_bwd(run: Callable, chunk_size: int, saved: tuple, cotangents: Any) -> tuple:
+    consts, floats, others, count = saved
+
+    def chunk(d_consts: tuple, arrays: tuple) -> tuple[tuple, Any]:
+        floats, others, cotangents = arrays
+        _, pull = jax.vjp(lambda c, f: _floats(run(c[0], f, others, *c[1:])), consts, floats)
+        more, d_floats = pull(cotangents)
+        return jax.tree.map(jnp.add, d_consts, more), d_floats
+
+    zeros = jax.tree.map(jnp.zeros_like, consts)
+    d_consts, d_floats = scan_chunks(chunk, zeros, (floats, others, _floats(cotangents)), chunk_size, count)
+    return d_consts, d_floats, None, None
+
+
+_counted.defvjp(_counted_fwd, _counted_bwd)
+
+
+def _floats(tree: Any, others: bool = False) -> Any:
+    """What has a gradient, or the rest; None in the other places."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) != others else None, tree)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 @check_shapes
@@ -89,6 +147,35 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 def hide_padding(logits: Array, real: int | Array) -> Array:
     """-inf from column ``real`` on."""
     return jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < real, logits, -jnp.inf)
+
+
+def scan_chunks(chunk: Callable, carry: Any, arrays: Any, chunk_size: int, count: Array | None = None) -> Any:
+    """``lax.scan`` of ``chunk`` over chunks of [n, ...] arrays; with ``count``, over those of the first tokens only."""
+    n = len(jax.tree.leaves(arrays)[0])
+    if count is None:
+        carry, results = lax.scan(chunk, carry, jax.tree.map(partial(split_chunks, chunk_size=chunk_size), arrays))
+        return carry, jax.tree.map(partial(join_chunks, n=n), results)
+    rows = _chunk_rows(n, chunk_size)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, -n % rows)] + [(0, 0)] * (x.ndim - 1)), arrays)
+
+    def cut(start: Array) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, rows), padded)
+
+    def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, results = chunk(state[0], cut(number * rows))
+        write = partial(lax.dynamic_update_slice_in_dim, start_index=number * rows, axis=0)
+        return carry, jax.tree.map(write, state[1], results)
+
+    shapes = jax.eval_shape(lambda: chunk(carry, cut(jnp.int32(0)))[1])
+    empty = jax.tree.map(lambda s: jnp.zeros((n + -n % rows, *s.shape[1:]), s.dtype), shapes)
+    used = (count + rows - 1) // rows
+    carry, results = lax.fori_loop(0, used.astype(jnp.int32), step, (carry, empty))
+    return carry, jax.tree.map(lambda x: x[:n], results)
+
+
+def _chunk_rows(n: int, chunk_size: int) -> int:
+    """Of chunks that are as equal as can be."""
+    return -(-n // max(1, -(-n // chunk_size)))
 
 
 def split_chunks(x: Array, chunk_size: int) -> Array:

@@ -270,6 +270,46 @@ def test_second_head_inside_a_reducer():
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [0, 8, 11, 23])
+def test_a_reducer_of_counted_tokens_looks_at_no_others(count):
+    """Values and gradients of both heads and both hidden states, in chunks of 8; whole numbers come back too."""
+    with jax.enable_x64(True):
+        hidden, head, targets, weights, _ = inputs(jnp.float64)
+        other_hidden, other_head, _, _, _ = inputs(jnp.float64, seed=1)
+        there = jnp.arange(N) < count
+
+        def cross_entropy(logits, other, other_head, targets):
+            other_logits = head_logits(other, other_head, vocab_size=V)[..., :V]
+            nats = -jnp.sum(jax.nn.softmax(other_logits) * jax.nn.log_softmax(logits[..., :V]), axis=-1)
+            return nats, token_logprobs(logits, targets), jnp.argmax(logits, axis=-1)
+
+        def counted(arrays, count):
+            hidden, head, other_hidden, other_head = arrays
+
+            def reducer(logits, other, targets):
+                return cross_entropy(logits, other, other_head, targets)
+
+            rows = (other_hidden, targets)
+            nats, logprobs, best = reduce_logits_in_chunks(
+                hidden, head, reducer, rows, chunk_size=8, vocab_size=V, count=count
+            )
+            return jnp.sum(weights * jnp.stack([nats, logprobs])), (nats, logprobs, best)
+
+        def direct(arrays):
+            hidden, head, other_hidden, other_head = arrays
+            logits = head_logits(hidden, head, vocab_size=V)
+            found = [jnp.where(there, x, 0) for x in cross_entropy(logits, other_hidden, other_head, targets)]
+            return jnp.sum(weights * jnp.stack(found[:2])), tuple(found)
+
+        arrays = (hidden, head, other_hidden, other_head)
+        expected, gradients = jax.value_and_grad(direct, has_aux=True)(arrays)
+        if count % 8 == 0:  # a chunk is computed whole
+            arrays = (hidden.at[count:].set(jnp.nan), head, other_hidden.at[count:].set(jnp.nan), other_head)
+        mine = jax.jit(jax.value_and_grad(counted, has_aux=True))(arrays, jnp.int32(count))
+        for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves((expected, gradients)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
 def losses_of_both_doors(targets):
     def by_hand(hidden, head):
         stats = chunked_logprobs(hidden, head, targets, chunk_size=101, temperature=0.9, with_entropy=True)

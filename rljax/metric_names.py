@@ -10,7 +10,7 @@ from collections.abc import Iterable
 # Of a split: "eval" is the test split, read at start and end only; "dev" chooses the checkpoint to keep.
 # These have the ends of their interval beside them, as name_low and name_high.
 _WITH_INTERVAL = {
-    "score": "the held-out measure: share of right completions, or mean reward where nothing is judged right or wrong",
+    "score": "the held-out measure: share of right completions, or mean reward; of held-out text mean log-prob a token",
     "sampled_score": "the measure of the samples, where the score is that of greedy completions (eval.greedy)",
     "pass_at_{k}": "unbiased estimate of the share of problems that k samples solve (2107.03374)",
     "maj_at_{k}": "share of problems whose most common answer among k samples is right; ties share the verdict",
@@ -26,7 +26,7 @@ _SCORES = {
         for name, meaning in _WITH_INTERVAL.items()
         for key, text in ((name, meaning), *((f"{name}_{end}", told) for end, told in _ENDS.items()))
     },
-    "n": "problems evaluated, count",
+    "n": "problems, or rows of text, evaluated, count",
     "score_temperature": "sampling temperature of the scored completions; 0 is greedy",
     "temperature": "sampling temperature for pass@k, maj@k, rerank@k and the sampled score; 0 is greedy",
     "samples": "samples per problem, not counting a greedy completion",
@@ -58,6 +58,17 @@ _COMPARISONS = {
     "sample_accuracy_high": "upper end of its 95 % bootstrap interval over prompts",
     "sample_prompts": "prompts with samples of unequal true reward, count",
     "best_of_{k}": "expected true reward (share right, where judged) of the sample of k that the reward model picks",
+}
+
+# Of a split's text, where nothing judges completions; "score" and its interval are those of the mean log-prob.
+_TEXT = {
+    "tokens": "trained tokens of the held-out text, count",
+    "nll": "negative log-likelihood of the held-out text, nats a trained token",
+    "nll_low": "lower end of its 95 % bootstrap interval over rows",
+    "nll_high": "upper end of its 95 % bootstrap interval over rows",
+    "perplexity": "exp of that",
+    "perplexity_low": "lower end of its 95 % bootstrap interval over rows",
+    "perplexity_high": "upper end of its 95 % bootstrap interval over rows",
 }
 
 METRICS: dict[str, str] = {
@@ -139,6 +150,8 @@ METRICS: dict[str, str] = {
     **{f"dev/{name}": f"{meaning} (dev split)" for name, meaning in _SCORES.items()},
     **{f"eval/{name}": f"{meaning} (test split)" for name, meaning in _COMPARISONS.items()},
     **{f"dev/{name}": f"{meaning} (dev split)" for name, meaning in _COMPARISONS.items()},
+    **{f"eval/{name}": f"{meaning} (test split)" for name, meaning in _TEXT.items()},
+    **{f"dev/{name}": f"{meaning} (dev split)" for name, meaning in _TEXT.items()},
     "data/overlap_exact": "evaluation prompts that are a training prompt too, count",
     "data/overlap_8gram": "evaluation prompts that share 8 words in a row with a training prompt, count",
     "data/duplicates": "training prompts that occur more than once, count",

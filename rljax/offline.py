@@ -1,4 +1,4 @@
-"""Preference stages: the reference scored once, held-out comparisons, best-of-n, centred rewards."""
+"""Held-out rows of stages; for preference stages the reference scored once, best-of-n, centred rewards."""
 
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from rljax.data.batches import DataPosition, SupervisedSource
 from rljax.data.rows import load_rows
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
+from rljax.evaluate_text import TextEvaluator
 from rljax.models.decoder import Params
 from rljax.reference import cache_logprobs, load_cache, save_cache
 from rljax.run import Run
@@ -38,14 +39,22 @@ def open_comparisons(run: Run, stage: Stage, origin: str, policy: Params | None)
         stage.frozen.pop("reference")
     if stage.config is not run.config:
         return
-    forward = stage.forwards[stage.algorithm.trains[0]]
     for split, source in run.comparisons.items():
+        if isinstance(source, SupervisedSource):
+            run.preference_evaluators[split] = _text_evaluator(run, stage, source)
+            continue
+        forward = stage.forwards[stage.algorithm.trains[0]]
         reference = partial(stage.reference_logprobs, split=split) if stage.algorithm.needs & {"ref_logprobs"} else None
         run.preference_evaluators[split] = PreferenceEvaluator(
             stage.algorithm, forward, source, *_sizes(stage), reference
         )
     if "reward_model" in stage.algorithm.trains and run.config.eval.samples > 1:
         _draw_completions(run, stage, origin, policy)
+
+
+def _text_evaluator(run: Run, stage: Stage, source: SupervisedSource) -> TextEvaluator:
+    """At temperature 1, whatever the stage samples at."""
+    return TextEvaluator(run.session.forward(None), source, *_sizes(stage), 0 if stage.config.batch.pack else None)
 
 
 def _draw_completions(run: Run, stage: Stage, origin: str, policy: Params | None) -> None:

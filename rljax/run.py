@@ -15,6 +15,7 @@ from rljax.data.batches import DataPosition, SupervisedSource
 from rljax.data.overlap import count_duplicates, count_overlap
 from rljax.evaluate import Evaluator, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
+from rljax.evaluate_text import TextEvaluator
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
@@ -73,7 +74,8 @@ class Run:
     open_things: ExitStack
     trees: dict[str, Params] | None = None  # what the last stage trained, when it is done
     traces: bool = False  # a profile is being taken
-    preference_evaluators: dict[str, PreferenceEvaluator] = field(default_factory=dict)  # once the main stage is open
+    # Of comparisons, once the main stage is open.
+    preference_evaluators: dict[str, PreferenceEvaluator | TextEvaluator] = field(default_factory=dict)
     best_of_n: dict[str, BestOfN] = field(default_factory=dict)
 
     def __enter__(self) -> "Run":

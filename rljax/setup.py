@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     texts: list[SupervisedSource | None]  # by stage, mixed into its steps
     runner: RewardRunner | None
     evaluators: dict[str, Evaluator]
-    comparisons: dict[str, Any]  # held-out rows of the main stage's kind, by split
+    comparisons: dict[str, Any]  # held-out text or comparisons of the main stage's kind, by split
 
 
 def open_inputs(session: Session) -> Inputs:
@@ -166,17 +166,28 @@ def _offline_source(session: Session, stage: StageConfig, rows: list[Row], *, sh
 
 
 def make_comparisons(session: Session) -> dict[str, Any]:
-    """Held-out rows of the kind that the main stage trains on; none where it trains on text or on what it samples."""
+    """Held-out rows that are read and not completed: of the kind that the main stage trains on.
+
+    Text is among them only where no reward judges completions; of a stage on what it samples, rows with a solution.
+    """
     config = session.config
-    if "main" not in config.recipe or config.is_online or config.algorithm().rows == "text":
+    is_text = config.algorithm().rows == "text"  # or what it samples
+    if "main" not in config.recipe or (is_text and config.reward.names):
         return {}
     found = {split: split_rows(config.data, split) for split in ("dev", "test")}
-    kept = {split: rows for split, rows in found.items() if rows and is_comparison(rows[0])}
     sources = {}
-    for split, rows in kept.items():
-        with _rows_of(_source_of(config.data, split)):
-            sources[split] = _offline_source(session, config, rows, shuffle=False)
+    for split, rows in found.items():
+        if rows and _is_read(config, rows[0]):
+            with _rows_of(_source_of(config.data, split)):
+                sources[split] = _offline_source(session, config, rows, shuffle=False)
     return sources
+
+
+def _is_read(config: Config, row: Row) -> bool:
+    """Whether a held-out row is of the kind that the main stage trains on: others are prompts for its rewards."""
+    if config.algorithm().rows != "text":
+        return is_comparison(row) or not config.reward.names
+    return not config.is_online or row.get("solution") is not None
 
 
 def make_text_mix(session: Session, stage: StageConfig) -> SupervisedSource | None:

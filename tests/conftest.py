@@ -1,10 +1,12 @@
-"""Eight simulated devices, quick compilation, real data where it lies, and nothing from a network."""
+"""Eight simulated devices, quick compilation, real data where it lies, nothing from a network; seconds by suite."""
 
 import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +30,45 @@ def pytest_configure(config: pytest.Config) -> None:
     """Slow tests, which train, run what users run; the others are compiled quickly, unless somebody set flags."""
     if config.option.markexpr != "slow":
         os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE["XLA_FLAGS"])
+
+
+# Seconds of tests that ``make test`` may take, by folder or by the beginning of a file's name: 20 minutes of two cores.
+BUDGET_S = {
+    "algos": 50,
+    "configs": 250,
+    "data": 50,
+    "losses": 100,
+    "models": 300,
+    "rewards": 50,
+    "test_notebooks": 300,
+    "test_resume": 300,
+    "test_processes": 200,
+    "test_tpu": 300,
+    "test_truth": 200,
+    "test": 300,
+}
+
+
+def suite_of(nodeid: str) -> str:
+    """The suite of BUDGET_S that a test belongs to; a file goes to the longest name that it begins with."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return max((suite for suite in BUDGET_S if path.startswith(suite)), key=len)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Where durations are asked for, also those of whole suites; a budget that is passed fails nothing."""
+    if config.option.durations is None:
+        return
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    seconds: Counter[str] = Counter()
+    for report in reports:
+        if isinstance(report, pytest.TestReport):
+            seconds[suite_of(report.nodeid)] += report.duration
+    terminalreporter.section("seconds by suite, over all processes, and the budget of make test")
+    for suite, budget in BUDGET_S.items():
+        if suite in seconds:
+            terminalreporter.write_line(f"{seconds[suite]:8.1f} of {budget:4d}  {suite}")
+    terminalreporter.write_line(f"{seconds.total():8.1f} of {sum(BUDGET_S.values()):4d}  all")
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -194,6 +194,25 @@ def test_a_tokenizer_larger_than_the_embedding_or_without_an_end_is_refused(refu
     assert "has no end token; name one with end_tokens" in refused(*flags, f"--config.tokenizer.path={large}")
 
 
+DISTILLATION = {"name": "distillation", "beta": 0.5}
+RTO = {
+    **{"name": "rto", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "token_mean", "kl_coef": 0.05},
+    **{"value_coef": 0.1, "value_clip": 0.2, "gamma": 1.0, "lam": 0.95, "whiten_advantages": "minibatch"},
+    **{"guide_coef": 0.05, "guide_clamp": 0.05},
+}
+
+
+@pytest.mark.parametrize(
+    ("role", "algo"), [("teacher_from", DISTILLATION), ("guide_from", RTO), ("reward_model_from", {"name": "grpo"})]
+)
+def test_a_model_with_another_vocabulary_is_refused(refused, folder, role, algo):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    said = refused(*(f"--config.algo.{key}={value}" for key, value in algo.items()), f"--config.{role}={folder}")
+    vocabulary = f"{folder} has a vocabulary of {config['vocab_size'] + 1} and the policy one of {config['vocab_size']}"
+    assert f"error: {vocabulary}; models that score the same tokens share a tokenizer" in said
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(refused, tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The compiled steps: rows cut and joined, minibatches and epochs, steps that are skipped (truth 8), frozen copies."""
+"""The compiled steps: rows cut and joined, minibatches and epochs, steps that are skipped, frozen copies."""
 
 from typing import Any
 
@@ -149,7 +149,7 @@ def test_the_gradient_of_mixed_text_adds_up(batch: Batch) -> None:
     np.testing.assert_allclose(metrics["text_nll"], read["nll"], rtol=1e-5)
 
 
-# -- truth 8
+# -- steps that are skipped
 
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_no_bit_and_is_counted(one_step: Any, batch: Batch) -> None:

@@ -33,13 +33,16 @@ def refuse_sliding_layers(config: dict) -> None:
         )
 
 
-def decoder_fields(config: dict) -> dict[str, Any]:
-    """The fields of DecoderConfig but ``sliding_window``, each read from the checkpoint; a missing one is an error."""
+def decoder_fields(config: dict, *, unsaid_theta: float | None = None) -> dict[str, Any]:
+    """The fields of DecoderConfig but ``sliding_window``, each read from the checkpoint; a missing one is an error.
+
+    ``unsaid_theta`` is what a family means that has published configs without ``rope_theta``.
+    """
     if config.get("hidden_act", "silu") != "silu":
         raise ModelFolderError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; silu is")
     if config.get("quantization_config"):
         raise ModelFolderError("config.json: quantised weights (quantization_config) are not supported")
-    theta, scaling = _rope(config)
+    theta, scaling = _rope(config, unsaid_theta)
     heads, width = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     kv_heads = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
     head_dim = _count(config, "head_dim") if config.get("head_dim") else width // heads
@@ -98,11 +101,11 @@ def hf_fields(c: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _rope(config: dict) -> tuple[float, RopeScaling | None]:
+def _rope(config: dict, unsaid_theta: float | None) -> tuple[float, RopeScaling | None]:
     """Old: rope_theta beside rope_scaling. transformers 5: both inside rope_parameters."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    # Llama 2's config.json is older than the key: what it leaves unsaid is 10,000.
-    theta = _number("rope_theta", rope.pop("rope_theta", None) or config.get("rope_theta", 10_000.0))
+    said = rope.pop("rope_theta", config.get("rope_theta", unsaid_theta))
+    theta = _number("rope_theta", required({**config, "rope_theta": said}, "rope_theta"))
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise ModelFolderError("config.json: a partial_rotary_factor other than 1 is not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"

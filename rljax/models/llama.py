@@ -23,7 +23,8 @@ Config = DecoderConfig
 
 def from_hf(config: dict) -> Config:
     refuse(config, attention_bias=True, mlp_bias=True)
-    return Config(**decoder_fields(config), sliding_window=None)
+    # Llama 2's config.json is older than rope_theta: what it leaves unsaid is 10,000.
+    return Config(**decoder_fields(config, unsaid_theta=10_000.0), sliding_window=None)
 
 
 def to_hf(config: Config) -> dict:

@@ -118,6 +118,22 @@ def with_interval(name: str, values: ArrayLike, *, resamples: int = 10_000) -> d
     return {name: float(np.asarray(values).mean()), f"{name}_low": low, f"{name}_high": high}
 
 
+def ratio_with_interval(
+    name: str, sums: ArrayLike, counts: ArrayLike, *, resamples: int = 10_000, seed: int = 0
+) -> dict[str, float]:
+    """Σ sums / Σ counts over rows under ``name``, and the ends of its 95 % bootstrap interval over rows.
+
+    A mean over tokens, of rows that have several. Raises ValueError unless every row has a count above 0.
+    """
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if sums.ndim != 1 or sums.shape != counts.shape or not counts.size or (counts <= 0).any():
+        raise ValueError(f"a ratio needs a sum and a count above 0 for every row; got {sums.shape}, {counts.shape}")
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(resamples))
+    low, high = np.quantile([sums[drawn].sum() / counts[drawn].sum() for drawn in draws], [0.025, 0.975])
+    return {name: float(sums.sum() / counts.sum()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
 def paired_difference(
     after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Difference:

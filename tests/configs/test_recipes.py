@@ -458,7 +458,12 @@ SIZES = {
     *("critic.optim.warmup_steps", "critic.optim.freeze_steps"),
     *("rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
     *("batch.rows", "batch.minibatches", "batch.micro_batch_rows"),
+    *("data.train", "data.dev", "data.test", "data.train_rows", "data.dev_rows", "data.test_rows"),
+    *("data.splits_by_prompt", "data.prompt_lengths", "data.row_length", "data.prompt_prefix"),
+    *("text_mix.train", "text_mix.train_rows", "text_mix.rows", "text_mix.row_length"),
 }
+# Groups whose keys are those of a model, of a data set or of a task.
+OPEN = {"model.architecture", "data.columns", "data.options", "text_mix.columns", "text_mix.options"}
 
 
 @pytest.mark.fast
@@ -471,9 +476,7 @@ def test_shrinking_changes_sizes_only(name: str) -> None:
         parts = parts[2:] if parts[0] == "stages" else parts
         if key.startswith("config.stages.reward_model") and "reward_model" not in before.recipe:
             continue  # a reward model that lay in a folder is trained first
-        assert ".".join(parts) in SIZES or parts[0] in ("data", "text_mix") or parts[:2] == ["model", "architecture"], (
-            key
-        )
+        assert ".".join(parts) in SIZES or ".".join(parts[:2]) in OPEN, key
     after = make_config(small)
     assert [s for s in after.recipe if s in before.recipe] == list(before.recipe)
     for stage in before.recipe:
@@ -482,6 +485,22 @@ def test_shrinking_changes_sizes_only(name: str) -> None:
         assert was == now
         assert after.stage(stage).optim.learning_rate == before.stage(stage).optim.learning_rate
         assert after.stage(stage).batch.epochs == before.stage(stage).batch.epochs
+
+
+@pytest.mark.fast
+def test_all_recipes_shrink_to_one_model_and_one_shape_of_rows() -> None:
+    models, shapes = set(), set()
+    for make in RECIPES.values():
+        session = open_session(make_config(shrink(make())[0]), jax.devices()[:2])
+        models.add(
+            (session.model, session.tokenizer.vocab_size, session.dtype, session.train.mesh, session.decode.mesh)
+        )
+        for name in session.config.recipe:
+            stage = session.config.stage(name)
+            rows = (stage.rows_per_step, stage.longest_row) if stage.is_online else (stage.rows_per_step,)
+            shapes.add((*rows, stage.data.row_length, stage.data.prompt_lengths, stage.rollout.max_new_tokens))
+    assert len(models) == 1
+    assert shapes == {(8, 16, 32, (8,), 8), (8, 32, (8,), 8)}
 
 
 # One of each algorithm and kind of stage; all the others with the slow tests.

@@ -1,4 +1,4 @@
-"""Configs: every field has a use, survives the way out and back, and what is not computed is refused."""
+"""Truth 8, of models: every constant is read and comes from the config; what is not computed is refused."""
 
 import dataclasses
 import itertools
@@ -102,6 +102,12 @@ def test_mistral_must_say_its_window() -> None:
         FAMILIES["mistral"].from_hf({"model_type": "mistral", **unsaid})
 
 
-def test_llama2_does_not_say_its_theta() -> None:
-    unsaid = {key: value for key, value in TINY.items() if key != "rope_theta"}
-    assert FAMILIES["llama"].from_hf({"model_type": "llama", **unsaid}).rope_theta == 10_000
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_llama2_does_not_say_its_theta(family: str) -> None:
+    unsaid = {"model_type": family} | {key: value for key, value in TINY.items() if key != "rope_theta"}
+    for config in (unsaid, {**unsaid, "rope_parameters": {"rope_type": "default"}}):
+        if family == "llama":
+            assert FAMILIES[family].from_hf(config).rope_theta == 10_000
+        else:
+            with pytest.raises(ModelFolderError, match=f"config.json of a {family}: the key 'rope_theta' is missing"):
+                FAMILIES[family].from_hf(config)

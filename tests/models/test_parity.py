@@ -1,4 +1,4 @@
-"""The same logits as transformers and as float64 goldens."""
+"""Truth 9: the same logits as transformers, on the way in and on the way out, and as float64 goldens."""
 
 import dataclasses
 import json
@@ -80,6 +80,20 @@ def test_real_checkpoints_against_float64_goldens(data_dir: Path, name: str) -> 
         np.testing.assert_allclose(mine, golden[f"logits{i}"], rtol=0, atol=1e-4)
         logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(jnp.asarray(mine)))[:-1], row[1:, None], axis=1)
         np.testing.assert_allclose(logprobs[:, 0], golden[f"logprobs{i}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS[:2])
+def test_real_checkpoints_equal_transformers(data_dir: Path, name: str) -> None:
+    """In float32, on rows of different lengths; the goldens have none."""
+    folder = data_dir / "models" / name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_config(folder)
+    params = load_params(folder, model, layout())
+    tokens, valid = random_tokens(model.config.vocab_size, 3, 24), left_padded([24, 9, 2], 24)
+    expected = Reference(folder, {}, theirs).logits(tokens, valid)
+    assert np.abs(expected[valid]).max() > 2, "too flat to compare"
+    mine = row_logits(model, layout(), params, tokens, valid)
+    np.testing.assert_allclose(mine[valid], expected[valid], rtol=0, atol=1e-4)
 
 
 def test_family_equals_transformers(reference: Reference) -> None:

@@ -12,7 +12,7 @@ from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
 from rljax.data.batches import DataPosition, SupervisedSource
-from rljax.data.overlap import count_duplicates, count_overlap
+from rljax.data_report import report_data
 from rljax.evaluate import Evaluator, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.metrics import MetricsWriter
@@ -178,7 +178,8 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         compiles = CompileCounter()
         stack.callback(compiles.close)
         if not resumes:
-            _report_data(writer, config, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
+            held_out = {split: evaluator.source for split, evaluator in evaluators.items()} | comparisons
+            report_data(writer, config, sources, texts, held_out)
         return Run(
             session=session,
             runner=runner,
@@ -228,34 +229,6 @@ def _check_disk(session: Session, sources: list[Any]) -> None:
 
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _report_data(writer: MetricsWriter, config: Config, sources: Sequence[Any], held_out: dict[str, Any]) -> None:
-    """Count, before the run, what training and evaluation share, what stands twice and what did not fit.
-
-    Overlap and duplicates are those of the last stage that has rows of its own; what was left out is that of all.
-    """
-    by_stage = {name: source for name, source in zip(config.recipe, sources, strict=True) if source is not None}
-    train = list(by_stage.values())[-1]
-    found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
-    for split, overlap in found.items():
-        if overlap.shared_ngrams:
-            pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
-            writer.say(f"warning: {split}: {overlap} (rows {pairs})")
-    for name, source in [*((f"stage {name}", source) for name, source in by_stage.items()), *held_out.items()]:
-        if source.kept.dropped or source.kept.bad:
-            writer.say(f"{name}: {source.kept}")
-    writer.write(
-        0,
-        "data",
-        {
-            "data/overlap_exact": sum(overlap.exact for overlap in found.values()),
-            "data/overlap_8gram": sum(overlap.shared_ngrams for overlap in found.values()),
-            "data/duplicates": count_duplicates(train.rows),
-            "data/too_long": sum(source.kept.dropped for source in by_stage.values()),
-            "data/unusable": sum(source.kept.bad for source in by_stage.values()),
-        },
-    )
 
 
 def finish(run: Run) -> None:

@@ -52,7 +52,7 @@ def _train(run: Run) -> int:
         try:
             train(run)
         except RunStopped as stop:
-            run.writer.event(run.progress.step, f"stopped: {stop}")
+            finish(run, stopped=str(stop))
             return STOPPED
         finish(run)
     return DONE

@@ -73,6 +73,11 @@ class Checkpointer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def is_due(self, step: int, force: bool = False) -> bool:
+        """Whether ``save`` would write something."""
+        due = force or (self.save_every_steps > 0 and step % self.save_every_steps == 0)
+        return due and step not in self._manager.all_steps()
+
     def save(
         self, step: int, state: PyTree, position: dict[str, Any], *, score: float | None = None, force: bool = False
     ) -> bool:
@@ -81,8 +86,7 @@ class Checkpointer:
         Happens every ``save_every_steps`` or by ``force``, once for a step; says whether it did. ``score`` (higher is
         better, NaN is none) ranks the checkpoint for keep-best. An earlier save that failed raises here.
         """
-        due = force or (self.save_every_steps > 0 and step % self.save_every_steps == 0)
-        if not due or step in self._manager.all_steps():
+        if not self.is_due(step, force):
             return False
         record = {"position": position, "leaves": _leaves(state, _checksums(state))}
         metrics = {SCORE: None if score is None or math.isnan(score) else float(score)}
@@ -127,11 +131,10 @@ class Checkpointer:
         """The newest complete checkpoint; one whose writing was cut off does not count."""
         return max(self.steps(), default=None)
 
-    def best_step(self) -> int | None:
-        """The checkpoint with the highest score, the later of equals; None if none has a score."""
+    def best(self) -> tuple[float, int] | None:
+        """Score and step of the checkpoint with the highest score, the later of equals; None if none has a score."""
         scores = {step: metrics[SCORE] for step in self.steps() if (metrics := self._manager.metrics(step))}
-        scored = [(score, step) for step, score in scores.items() if score is not None]
-        return max(scored)[1] if scored else None
+        return max(((score, step) for step, score in scores.items() if score is not None), default=None)
 
     def delete_after(self, step: int) -> None:
         """Removes what is newer than ``step``: for a run that goes on from an older checkpoint."""

@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rljax.checkpoint import CheckpointError
-from rljax.config import USAGE, parse
+from rljax.config import USAGE, ConfigError, parse
+from rljax.data.rows import DataError
+from rljax.models.hf_config import ModelFolderError
 from rljax.plan import dry_run, print_config
 from rljax.run import Run, finish, open_training
-from rljax.runs import RunFolderError
+from rljax.runs import RunFolderError, said_if_full
 from rljax.session import open_session, start_devices
 from rljax.trainer import RunStopped, train
 
 DONE, USER_ERROR, STOPPED = 0, 2, 3
+
+# What may turn out only while a run is under way: a full disk, a select that leaves no row, a folder in the way.
+MISTAKES = (RunFolderError, CheckpointError, DataError, ConfigError, ModelFolderError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error)
     try:
         return DONE if run is None else _train(run)
-    except (RunFolderError, CheckpointError) as error:  # a disk that fills up meanwhile
+    except MISTAKES as error:
         return _say(error)
 
 
@@ -48,11 +53,11 @@ def _set_up(argv: Sequence[str]) -> Run | None:
 
 
 def _train(run: Run) -> int:
-    with run:
+    with said_if_full(run.session.folder), run:
         try:
             train(run)
         except RunStopped as stop:
-            run.writer.event(run.progress.step, f"stopped: {stop}")
+            finish(run, stopped=str(stop))
             return STOPPED
         finish(run)
     return DONE

@@ -12,7 +12,7 @@ from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
 from rljax.data.batches import DataPosition, SupervisedSource
-from rljax.data.overlap import count_duplicates, count_overlap
+from rljax.data_report import report_data
 from rljax.evaluate import Evaluator, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.evaluate_text import TextEvaluator
@@ -43,12 +43,13 @@ class Progress:
     prompts: int = 0
     episodes: int = 0
     tokens: int = 0
-    scores: dict[str, float] = field(default_factory=dict)  # the latest of each split
+    best_dev: float | None = None  # the highest score on dev after a step
+    limited: dict[str, float] = field(default_factory=dict)  # what limits looked at in the last step
     selected: dict[str, str] = field(default_factory=dict)  # hash of the rows that a stage on samples began with
 
     def to_json(self) -> dict[str, Any]:
         # Copies: a checkpoint is written in the background.
-        copies = {"data": list(self.data), "scores": dict(self.scores), "selected": dict(self.selected)}
+        copies = {"data": list(self.data), "limited": dict(self.limited), "selected": dict(self.selected)}
         return {**vars(self), **copies}
 
     @classmethod
@@ -127,7 +128,8 @@ class Run:
 
     # -- evaluation
 
-    def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> None:
+    def evaluate(self, split: str, trees: dict[str, Params], ranker: ModelReward | None = None) -> float | None:
+        """Writes what is measured of ``trees`` on a split, and gives the score, where there is one."""
         metrics: dict[str, float] = {}
         before = self.compiles.programs  # what processes exchange has a program for each length
         shown: list[dict[str, Any]] = []
@@ -142,12 +144,11 @@ class Run:
         kind = ("evaluation", self.progress.stage, split, *sorted(trees), ranker is not None)
         self.compiles.check(kind, self.compiles.programs - before)
         if not metrics:
-            return
-        if "score" in metrics:
-            self.progress.scores[split] = metrics["score"]
+            return None
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})
         self.writer.write_samples(self.progress.step, split, shown)
+        return metrics.get("score")
 
 
 def open_training(session: Session, command: Sequence[str] = ()) -> Run:
@@ -184,7 +185,8 @@ def open_training(session: Session, command: Sequence[str] = ()) -> Run:
         compiles = CompileCounter(writer.say)
         stack.callback(compiles.close)
         if not resumes:
-            _report_data(writer, config, sources, {split: e.source for split, e in evaluators.items()} | comparisons)
+            held_out = {split: evaluator.source for split, evaluator in evaluators.items()} | comparisons
+            report_data(writer, config, sources, texts, held_out)
         return Run(
             session=session,
             runner=runner,
@@ -236,44 +238,23 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _report_data(writer: MetricsWriter, config: Config, sources: Sequence[Any], held_out: dict[str, Any]) -> None:
-    """Count, before the run, what training and evaluation share, what stands twice and what did not fit.
+def finish(run: Run, stopped: str = "") -> None:
+    """Write the trained policy and reward model as Hugging Face folders and say where everything is.
 
-    Overlap and duplicates are those of the last stage that has rows of its own; what was left out is that of all.
+    Of a run that is through, or that a limit ``stopped``, which is said last.
     """
-    by_stage = {name: source for name, source in zip(config.recipe, sources, strict=True) if source is not None}
-    train = list(by_stage.values())[-1]
-    found = {split: count_overlap(train.rows, source.rows) for split, source in held_out.items()}
-    for split, overlap in found.items():
-        if overlap.shared_ngrams:
-            pairs = ", ".join(f"{split} {a} ~ train {b}" for a, b in overlap.examples)
-            writer.say(f"warning: {split}: {overlap} (rows {pairs})")
-    for name, source in [*((f"stage {name}", source) for name, source in by_stage.items()), *held_out.items()]:
-        if source.kept.dropped or source.kept.bad:
-            writer.say(f"{name}: {source.kept}")
-    writer.write(
-        0,
-        "data",
-        {
-            "data/overlap_exact": sum(overlap.exact for overlap in found.values()),
-            "data/overlap_8gram": sum(overlap.shared_ngrams for overlap in found.values()),
-            "data/duplicates": count_duplicates(train.rows),
-            "data/too_long": sum(source.kept.dropped for source in by_stage.values()),
-            "data/unusable": sum(source.kept.bad for source in by_stage.values()),
-        },
-    )
-
-
-def finish(run: Run) -> None:
-    """Write the trained policy and reward model as Hugging Face folders and say where everything is."""
-    if run.progress.step < total_steps(run.config):
+    if run.progress.step < total_steps(run.config) and not stopped:
         return
-    session = run.session
+    session, progress = run.session, run.progress
     run.checkpoints.wait()
     if run.config.checkpoint.export:
         _export(run, "policy", session.folder / "model")
         _export(run, "reward_model", session.folder / "reward_model")
-    run.writer.say(f"done: {run.progress.step} steps, {run.progress.episodes} episodes, {run.progress.tokens} tokens")
+    counts = f"{progress.step} steps, {progress.episodes} episodes, {progress.tokens} tokens"
+    run.writer.say(f"{'stopped' if stopped else 'done'}: {counts}")
+    best = run.checkpoints.best() if run.config.checkpoint.keep_best else None
+    if best is not None:
+        run.writer.say(f"best on dev: step {best[1]}, score {best[0]:.3f}; its checkpoint is kept")
     for name, what in (
         ("metrics.jsonl", "one JSON object per line; docs/metrics.md explains the keys"),
         ("samples.jsonl", "completions before, during and after training"),
@@ -286,18 +267,21 @@ def finish(run: Run) -> None:
     run.writer.say(
         "next: change any setting with --config.KEY=VALUE (docs/config.md), or run another recipe in configs/"
     )
+    if stopped:
+        run.writer.event(progress.step, f"stopped: {stopped}; to go on from here, move that limit")
     # Who is through waits here for who still writes: the farewell of processes has a time limit.
     agree(np.asarray(0), np.max)
 
 
 def _export(run: Run, tree: str, folder: Any) -> None:
-    """The last stage's ``tree``, where the recipe trains one."""
+    """The ``tree`` of the last stage that was reached and trains one."""
     session, tokenizer = run.session, run.session.tokenizer
-    trained = [name for name in run.config.recipe if tree in run.config.stage(name).algorithm().trains]
+    reached = run.config.recipe[: run.progress.stage + 1]
+    trained = [name for name in reached if tree in run.config.stage(name).algorithm().trains]
     if not trained:
         return
     model = session.model if tree == "policy" else session.scalar_model(trained[-1])
-    trees = run.trees if run.trees is not None and trained[-1] == run.config.recipe[-1] else {}
+    trees = run.trees if run.trees is not None and trained[-1] == reached[-1] else {}
     if tree in trees:
         params = trees[tree]
     else:

@@ -40,6 +40,10 @@ class SampleWriter:
         if self._file is not None and done is not None:
             for record in sample_rows(self._session, done, f"{self._name}/{step}"):
                 self._file.append({"step": step, **record})
+
+    def flush(self) -> None:
+        """As that of the metrics: before a checkpoint, and before a later stage reads the file."""
+        if self._file is not None:
             self._file.flush()
 
     def __enter__(self) -> Self:

@@ -1,5 +1,6 @@
 """The training loop: stages, steps, evaluations, checkpoints, and limits that stop a run."""
 
+import math
 import time
 
 import jax
@@ -9,6 +10,7 @@ from rljax.collect import model_reward
 from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
 from rljax.evaluate import sample_records
+from rljax.limits import limited, passed_limit
 from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
 from rljax.run import Run, total_steps
@@ -26,8 +28,13 @@ class RunStopped(RuntimeError):
 
 
 def train(run: Run) -> None:
-    """All stages of the recipe, from where the run stands. Leaves early, saved, where it was asked to (SIGTERM)."""
+    """All stages of the recipe, from where the run stands. Leaves early, saved, where it was asked to (SIGTERM).
+
+    Raises RunStopped, evaluated and saved, where the last step passed a limit: also of a run that is started again,
+    which trains nothing until that limit is moved.
+    """
     for number, name in enumerate(run.config.recipe):
+        _stop_past_limits(run)
         config = run.config.stage(name)
         done = run.progress.stage == number and run.progress.stage_step >= config.steps > 0
         if run.progress.stage > number or done:
@@ -35,9 +42,21 @@ def train(run: Run) -> None:
         run.trees = _run_stage(run, number, name, config)
         if run.trees is None:
             return
+    _stop_past_limits(run)
+
+
+def _stop_past_limits(run: Run) -> None:
+    if reason := _passed_limit(run):
+        raise RunStopped(reason)
+
+
+def _passed_limit(run: Run) -> str:
+    progress = run.progress
+    return passed_limit(run.config.limits, progress.step, progress.bad_steps, progress.limited)
 
 
 def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[str, Params] | None:
+    """What the stage trained, at its end or where a limit stopped it; None where the run was asked to leave."""
     session, progress = run.session, run.progress
     stage = build_stage(session, config, number, open_source(run, number), run.runner, run.texts[number])
     origin = _origin(run.config, number)
@@ -55,31 +74,46 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
     samples = run.open_things.enter_context(SampleWriter(run, name))
-    frozen = model_reward(stage)
-    ranker = frozen and frozen._replace(weight=0.0)
-    while progress.stage_step < config.steps:
+    stopped = ""
+    while progress.stage_step < config.steps and not stopped:
         state = _one_step(run, stage, state, samples)
-        last = progress.stage_step == config.steps
         leave = run.preemption.reached(progress.step)
-        every = run.config.eval.every_steps
-        evaluated = last or (every > 0 and progress.step % every == 0)
-        if last:
+        stopped = _passed_limit(run)
+        if progress.stage_step == config.steps:
             state = center_rewards(run, stage, state)
-        if evaluated:
-            run.evaluate("dev", state.params, ranker)
-        if last:
-            run.evaluate("test", state.params, ranker)
-            run.save_stage(name, state.params)
-        score = progress.scores.get("dev") if evaluated else None  # an older policy's says nothing of this one
-        run.writer.flush()
-        run.checkpoints.save(progress.step, saved(stage, state), progress.to_json(), score=score, force=last or leave)
-        if leave and progress.step < total_steps(run.config):
+        last = progress.stage_step == config.steps or bool(stopped)
+        _evaluate_and_save(run, stage, state, samples, last=last, leave=leave)
+        if leave and not stopped and progress.step < total_steps(run.config):
             run.checkpoints.wait()
             run.writer.event(
                 progress.step, f"interrupted: step {progress.step} is saved; run the same command to resume"
             )
             return None
     return state.params
+
+
+def _evaluate_and_save(
+    run: Run, stage: Stage, state: TrainState, samples: SampleWriter, *, last: bool, leave: bool
+) -> None:
+    """What is due after a step. The ``last`` of a stage is evaluated and kept; so is the best so far on dev."""
+    progress, every, score = run.progress, run.config.eval.every_steps, None
+    ranker = model_reward(stage)
+    ranker = ranker and ranker._replace(weight=0.0)
+    evaluates = last or (every > 0 and progress.step % every == 0)
+    if evaluates:
+        score = run.evaluate("dev", state.params, ranker)
+    if last:
+        run.evaluate("test", state.params, ranker)
+        run.save_stage(run.config.recipe[stage.number], state.params)
+    best = score is not None and score > (-math.inf if progress.best_dev is None else progress.best_dev)
+    progress.best_dev = score if best else progress.best_dev
+    force = last or leave or (best and run.config.checkpoint.keep_best)
+    saves = run.checkpoints.is_due(progress.step, force)
+    if evaluates or saves:
+        run.writer.flush()
+        samples.flush()
+    if saves:
+        run.checkpoints.save(progress.step, saved(stage, state), progress.to_json(), score=score, force=force)
 
 
 def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) -> TrainState:
@@ -101,7 +135,7 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
     _write_step_samples(run, result)
     samples.write(progress.step, result.completions)
-    _apply_limits(run, result.metrics)
+    progress.limited = limited(result.metrics)
     return result.state
 
 
@@ -132,29 +166,6 @@ def _write_step_samples(run: Run, result: StepResult) -> None:
     middle = np.random.default_rng([run.config.seed, run.progress.step]).permutation(ranked[1:-1])[: max(wanted - 2, 0)]
     chosen = list(dict.fromkeys([*ranked[-1:], *middle.tolist(), *ranked[:1]]))[:wanted]
     run.writer.write_samples(run.progress.step, "train", sample_records(done, chosen))
-
-
-def _apply_limits(run: Run, metrics: dict[str, float]) -> None:
-    """One rule for every limit: passed means stopped, with the numbers. The same on every process."""
-    limits = run.config.limits
-    if limits.bad_steps and run.progress.bad_steps >= limits.bad_steps:
-        raise RunStopped(
-            f"{run.progress.bad_steps} steps in a row had a loss or a gradient that is not finite "
-            "(config.limits.bad_steps); "
-            "lower the learning rate or look at train/grad_norm and train/max_log_ratio before it began"
-        )
-    rules = (
-        ("kl_per_completion", "train/kl_per_completion", 1),
-        ("max_completion_length", "train/completion_length", 1),
-        ("min_completion_length", "train/completion_length", -1),
-        ("perplexity", "train/perplexity", 1),
-    )
-    for name, key, sign in rules:
-        limit = vars(limits)[name]
-        if limit and key in metrics and sign * metrics[key] > sign * limit:
-            raise RunStopped(
-                f"step {run.progress.step}: {key} is {metrics[key]:.4g}, past config.limits.{name} {limit:g}"
-            )
 
 
 def _origin(config: Config, number: int) -> str:

@@ -61,12 +61,12 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     state = make_state(mesh(8, 1))
     scores = {1: 0.1, 2: 0.9, 3: None, 4: float("nan"), 5: 0.9, 6: 0.3, 7: None, 8: None}
     with Checkpointer(tmp_path, keep=2, keep_best=1) as checkpointer:
-        assert checkpointer.best_step() is None
+        assert checkpointer.best() is None
         for step, score in scores.items():
             checkpointer.save(step, state, {}, score=score, force=True)
     with Checkpointer(tmp_path, keep=2, keep_best=1) as checkpointer:
         assert checkpointer.steps() == [5, 7, 8]
-        assert checkpointer.best_step() == 5
+        assert checkpointer.best() == (0.9, 5)
         checkpointer.save(9, state, {}, score=0.95, force=True)
         checkpointer.wait()
         assert checkpointer.steps() == [8, 9]

@@ -182,6 +182,22 @@ def test_a_stage_with_the_algorithm_of_the_top_level_takes_its_settings():
         (["--config.profile_steps=4,2"], "config.profile_steps takes the first and the last step"),
         (["--config.model.path=x"], "config.model: set exactly one of path (a checkpoint) and architecture"),
         (["--config.tokenizer.path="], "config.tokenizer.path is not set"),
+        (
+            ["--config.limits.kl_per_completion=8", "--config.algo.kl_coef=0"],
+            "config.limits.kl_per_completion is on the KL to a reference, and no stage that samples has one; "
+            "set config.algo.kl_coef above 0",
+        ),
+        *(
+            (
+                [f"--config.limits.{key}=8", "--config.recipe=warm_start"],
+                f"config.limits.{key} is on completions, and no stage of config.recipe samples any",
+            )
+            for key in ("kl_per_completion", "min_completion_length", "max_completion_length", "perplexity")
+        ),
+        (
+            ["--config.limits.min_completion_length=8", "--config.limits.max_completion_length=4"],
+            "config.limits.min_completion_length 8 is above config.limits.max_completion_length 4",
+        ),
         (["--configs.steps=3"], "--configs.steps is not a flag; did you mean --config?"),
         (["--steps=3"], "--steps is not a flag; did you mean --config.steps?"),
         (["--learning_rate=3"], "--learning_rate is not a flag; did you mean --config.optim.learning_rate?"),

@@ -3,10 +3,12 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from tests.stand_in_gcloud import PYTHON, executable, played_cloud
+from tests.tiny import ROOT
 
 
 @pytest.fixture
@@ -26,6 +28,13 @@ def test_setup_installs_on_a_worker_and_keeps_results(cloud):
     assert not (home / "code/left_over.py").exists() and (home / "code/pyproject.toml").exists()
     pip = ["-m", "pip", "install", "--quiet", "--editable", "code[tpu]"]
     assert [call["args"][:6] for call in cloud.python_calls()][:2] == [["-m", "pip", "--version"], pip]
+
+
+@pytest.mark.parametrize("extra", ["tpu", "cuda"])
+def test_what_is_installed_for_accelerators_reads_gs_folders(extra):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"jax[{extra}" in extras[extra][0]
+    assert any(package.startswith("etils[epath-gcs]") for package in extras[extra]), "gs:// needs gcsfs"
 
 
 def test_setup_brings_a_python_where_the_system_has_an_old_one(cloud):

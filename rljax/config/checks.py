@@ -38,6 +38,7 @@ def check(config: Config) -> None:
         _check_select(config, number)
         _check_critic(config, number)
         _check_shared(config, name)
+    _check_limits(config)
     stages = [config.stage(name) for name in config.recipe]
     for key, need in FROZEN.items():
         if any(vars(stage)[key] for stage in stages) and not any(need in stage.algorithm().needs for stage in stages):
@@ -124,6 +125,24 @@ def _check_rewards(reward: RewardConfig) -> None:
     for key, options in reward.options.items():
         if not isinstance(options, dict):
             raise ConfigError(f"config.reward.options.{key} is {options!r}; it is a group of options")
+
+
+def _check_limits(config: Config) -> None:
+    """That each limit is on a number that the run will have."""
+    limits, online = config.limits, [stage for stage in map(config.stage, config.recipe) if stage.is_online]
+    for key in ("kl_per_completion", "min_completion_length", "max_completion_length", "perplexity"):
+        if vars(limits)[key] and not online:
+            raise ConfigError(f"config.limits.{key} is on completions, and no stage of config.recipe samples any")
+    if limits.kl_per_completion and not any("ref_logprobs" in stage.algorithm().needs for stage in online):
+        raise ConfigError(
+            "config.limits.kl_per_completion is on the KL to a reference, and no stage that samples has one; "
+            "set config.algo.kl_coef above 0, or leave the limit 0"
+        )
+    if limits.max_completion_length and limits.min_completion_length > limits.max_completion_length:
+        raise ConfigError(
+            f"config.limits.min_completion_length {limits.min_completion_length:g} is above "
+            f"config.limits.max_completion_length {limits.max_completion_length:g}, so every step is past one"
+        )
 
 
 def _check_shared(config: Config, name: str) -> None:

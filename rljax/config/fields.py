@@ -231,7 +231,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitConfig:
-    """When to stop a run that has gone wrong; the reason is logged. 0 switches a rule off."""
+    """When to stop a run gone wrong: evaluated, saved, exported, it goes no further until that limit is moved. 0: off.
+
+    The reason is said last, and the exit code is 3, also when it is started again with the same limit.
+    """
 
     bad_steps: Count = 10  # consecutive steps skipped because loss or gradient was not finite
     kl_per_completion: Amount = 0.0  # largest KL to the reference, nats per completion

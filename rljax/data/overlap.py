@@ -22,16 +22,20 @@ class Overlap(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"of {self.evaluation_rows} evaluation prompts {self.exact} are training prompts and {self.shared_ngrams} "
-            f"share 8 words in a row with one; duplicates: {self.train_duplicates} of {self.train_rows} in training, "
-            f"{self.evaluation_duplicates} in evaluation"
+            f"of {self.evaluation_rows} prompts {self.exact} are among the {self.train_rows} others and "
+            f"{self.shared_ngrams} share 8 words in a row with one of them"
         )
 
 
-def count_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, n: int = 8, max_examples: int = 5) -> Overlap:
-    """Compare the prompts of two sets of rows; one shorter than ``n`` words can only match as a whole."""
-    train_texts = [_normalised(row, number) for number, row in enumerate(train)]
-    evaluation_texts = [_normalised(row, number) for number, row in enumerate(evaluation)]
+def count_overlap(train: Sequence[Row], evaluation: Sequence[Row]) -> Overlap:
+    """Compare the prompts of two sets of rows."""
+    return overlap_of(prompt_texts(train), prompt_texts(evaluation))
+
+
+def overlap_of(
+    train_texts: Sequence[str], evaluation_texts: Sequence[str], *, n: int = 8, max_examples: int = 5
+) -> Overlap:
+    """Compare two sets of ``prompt_texts``; one shorter than ``n`` words can only match as a whole."""
     wholes: dict[str, int] = {}
     ngrams: dict[tuple[str, ...], int] = {}
     asked = {gram for text in evaluation_texts for gram in _ngrams(text, n)}  # few: training texts may be millions
@@ -50,19 +54,19 @@ def count_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, n: int = 8
             shared += 1
             examples.append((number, match))
     return Overlap(
-        len(evaluation),
-        len(train),
+        len(evaluation_texts),
+        len(train_texts),
         exact,
         shared,
-        _duplicates(train_texts),
-        _duplicates(evaluation_texts),
+        duplicates(train_texts),
+        duplicates(evaluation_texts),
         examples[:max_examples],
     )
 
 
-def count_duplicates(rows: Sequence[Row]) -> int:
-    """Rows whose prompt stood before."""
-    return _duplicates([_normalised(row, number) for number, row in enumerate(rows)])
+def prompt_texts(rows: Sequence[Row]) -> list[str]:
+    """The prompt of every row, as it is compared."""
+    return [_normalised(row, number) for number, row in enumerate(rows)]
 
 
 def _normalised(row: Row, number: int) -> str:
@@ -85,5 +89,6 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _duplicates(texts: Sequence[str]) -> int:
+def duplicates(texts: Sequence[str]) -> int:
+    """Texts that stood before."""
     return sum(count - 1 for count in Counter(texts).values())

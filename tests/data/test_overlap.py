@@ -3,7 +3,7 @@
 import pytest
 
 from rljax.data import arithmetic
-from rljax.data.overlap import count_duplicates, count_overlap
+from rljax.data.overlap import count_overlap, duplicates, prompt_texts
 from rljax.data.rows import load_rows
 
 pytestmark = pytest.mark.fast
@@ -27,7 +27,7 @@ def test_counts_by_hand():
     overlap = count_overlap(train, evaluation)
     assert overlap[:6] == (5, 4, 1, 2, 1, 1)
     assert overlap.examples == [(0, 0), (1, 1)]
-    assert "of 5 evaluation prompts 1 are training prompts and 2 share 8 words" in str(overlap)
+    assert "of 5 prompts 1 are among the 4 others and 2 share 8 words" in str(overlap)
 
 
 def test_signs_change_a_problem():
@@ -46,7 +46,7 @@ def test_what_is_learnt_from_is_compared_by_its_question():
     train = [{"messages": turns}, {"messages": other}, {"text": "Name a fish."}]
     overlap = count_overlap(train, rows("name a bird", "name a fish"))
     assert (overlap.exact, overlap.train_duplicates) == (2, 1)
-    assert count_duplicates(train) == 1
+    assert duplicates(prompt_texts(train)) == 1
 
 
 def test_generated_splits_do_not_overlap():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rljax.models.attention import Attend, Cache, read_layer, replicate_kv, write_layer
+from rljax.models.attention import Attend, Cache, read_layer, replicate_kv, rows_together, write_layer
 from rljax.models.layers import contract, wide_dtype
 from rljax.models.quantized import Quantized, stored_values, times_row_scales
 from rljax.sharding import Layout
@@ -29,6 +29,7 @@ def two_segment_attend(cursor: Array, in_prompt: Array, in_ring: Array, layout: 
     def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
         k, v = (replicate_kv(x, layout).swapaxes(1, 2) for x in (k, v))
         ring = write_layer(memory.ring, k, v, layer, (0, 0, cursor, 0))
+        ring = rows_together(ring, layout, heads_axis=2)
         slots, _, heads, width = q.shape
         q_dtype, q = q.dtype, q.reshape(slots, k.shape[1], -1, width)
         if not isinstance(ring.k, Quantized):

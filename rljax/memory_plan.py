@@ -15,6 +15,8 @@ from rljax.models.kernels import choose
 from rljax.models.layers import wide_dtype
 from rljax.models.params import abstract_params, quantized, quantized_shardings
 from rljax.models.quantized import cast
+from rljax.models.segments import one_product
+from rljax.refill_plan import starts_with_half
 from rljax.session import Session
 from rljax.sharding import Layout
 from rljax.stage_models import frozen_sources
@@ -92,26 +94,44 @@ def _rollout_owners(stage: Stage, all_rows: int, group: int, r: RolloutConfig) -
     rows = -(-all_rows // layout.data_shards)
     copy = _decode_weights(session, r.weights_dtype)
     is_copied = layout.on_cpu or jax.tree.leaves(copy) != jax.tree.leaves(session.abstract_policy())
-    row = c.head_dim + 4 if r.cache_dtype == "int8" else c.head_dim * item  # an int8 row has a scale
-    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * row
     refill = session.refill(stage.config, all_rows, group)
+    wide = jnp.dtype(wide_dtype(session.dtype)).itemsize
+    # An int8 row has a scale; slots that refill have a float32 cache on CPUs.
+    row = c.head_dim + 4 if r.cache_dtype == "int8" else c.head_dim * (wide if refill and layout.on_cpu else item)
+    column = 2 * c.num_layers * max(c.num_kv_heads, layout.tensor) // layout.tensor * row
     slots, prompts, prefilled = rows, rows, rows
     if refill is not None:
         groups = -(-rows // group)
         slots, prompts, prefilled = refill.slots, refill.entries(groups), refill.prefilled(groups)
     columns = min(r.prefill_chunk or prompt_length(stage), prompt_length(stage))
     prompt, completion = prompts * prompt_length(stage) * column, slots * r.max_new_tokens * column
-    logits = slots * c.padded_vocab // layout.tensor * jnp.dtype(wide_dtype(session.dtype)).itemsize
+    second = 0 if refill else prompt + completion
+    if refill and starts_with_half(layout, r.max_new_tokens):
+        second = completion // 2
+    scores = _decode_scores(stage, slots, prompts, group if refill else 1, r.max_new_tokens)
+    logits = slots * c.padded_vocab // layout.tensor * wide
     return [
         Owner("decode weights", _local_bytes(copy) if is_copied else 0, "rollout"),
         Owner("prompt cache", prompt, "rollout"),
         Owner("completion cache", completion, "rollout"),
         Owner("prompt activations", prefilled * columns * _forward_column(stage, layout), "prefill"),
-        # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there.
-        Owner("second cache", 0 if refill else prompt + completion, "decode"),
+        # Of a fixed batch XLA turns the cache into the layout of the loop while that of the prefill is still there; a
+        # ring that begins with half its columns stands beside the whole one while it is copied.
+        Owner("second cache", second, "decode"),
+        Owner("decode scores", scores * (2 * wide + item), "decode"),
         # Scaled and with their exponentials; truncation sorts them too.
         Owner("decode logits", logits * (5 if stage.online and stage.forwards["policy"].truncates else 3), "decode"),
     ]
+
+
+def _decode_scores(stage: Stage, slots: int, entries: int, group: int, columns: int) -> int:
+    """Numbers of one layer's attention at a step, over the ring and over the prompts."""
+    c, layout, prompt = stage.session.model.config, stage.session.decode, prompt_length(stage)
+    queries = c.num_heads // max(c.num_kv_heads, layout.tensor)
+    meetings = slots
+    if group > 1:
+        meetings = entries * (slots if one_product(slots, queries, entries, prompt) else group)
+    return c.num_heads // layout.tensor * (slots * columns + meetings * prompt)
 
 
 def _update_owners(stage: Stage) -> list[Owner]:

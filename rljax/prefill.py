@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rljax.models.attention import Cache, attention, read_layer, replicate_kv, visibility, write_layer
+from rljax.models.attention import Cache, attention, read_layer, replicate_kv, rows_together, visibility, write_layer
 from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions
 from rljax.models.quantized import as_stored, dequantize
 from rljax.sharding import Layout
@@ -63,6 +63,7 @@ def prefill(
             if shared:
                 new, place = (k[i][:, None], v[i][:, None]), [0, at[i], column, 0]
             cache = write_layer(cache, *new, layer, place, there[i])
+        cache = rows_together(cache, layout, heads_axis=1 if shared else 2)
         if start is not None:
             mine = read_layer(cache, layer)
             held = jax.tree.map(lambda x: x[:, at].swapaxes(0, 1) if shared else x[at], mine)

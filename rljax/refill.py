@@ -16,18 +16,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rljax.decoding import Sampling, draw, request_key
 from rljax.models.attention import Cache
-from rljax.models.decoder import Model, Params, by_layer, empty_cache, forward, row_positions, vocabulary_logits
+from rljax.models.decoder import Model, Params, by_layer, empty_cache, vocabulary_logits
 from rljax.models.layers import wide_dtype
-from rljax.models.segments import Memory, two_segment_attend
 from rljax.prefill import entry_cache, prefill
-from rljax.refill_plan import RefillPlan
+from rljax.refill_plan import RefillPlan, starts_with_half
+from rljax.refill_read import read_tokens
 from rljax.refill_state import AtHand, Entries, Filling, Loop, Refill, Slots, Written
 from rljax.sharding import BATCH_AXES, Layout
 from rljax.types import Prompts
 
 SHRINK_FACTOR = 4  # how much smaller each further loop is
 SMALLEST_LOOP = 4  # slots; a loop of its own is not worth its compilation below
-SHORTEST_LAP = 96  # columns of a ring whose first half is worth a loop of its own, which reads no more
 
 
 def decode_with_refill(
@@ -75,7 +74,7 @@ def _loops(r: Refill) -> list[_Stretch]:
     while len(slots) < r.plan.loops and slots[-1] >= SHRINK_FACTOR * SMALLEST_LOOP:
         slots.append(slots[-1] // SHRINK_FACTOR)
     loops = [_Stretch(size, r.budget, left) for size, left in zip(slots, (*slots[1:], 0), strict=True)]
-    if r.layout.on_cpu and r.budget >= SHORTEST_LAP:
+    if starts_with_half(r.layout, r.budget):
         loops.insert(0, loops[0]._replace(columns=r.budget // 2))
     return loops
 
@@ -162,7 +161,7 @@ def _step(r: Refill, loop: _Stretch, s: Loop) -> Loop:
         finished=w.finished.at[at].set(ended, mode="drop"),
     )
     done = slots.running & (ended | (slots.age + 1 >= r.budgets(slots.request)))
-    hidden, cache = _read(r, s, token, cursor, loop.columns)
+    hidden, cache = read_tokens(r, s, token, cursor, loop.columns)
     after = Slots(
         request=slots.request,
         entry=slots.entry,
@@ -289,28 +288,3 @@ def _taken(of: Any, kept: Array) -> Any:
 
 def _stacks(r: Refill, cache: Cache) -> Any:
     return by_layer(cache) if r.layout.on_cpu else cache
-
-
-def _read(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -> tuple[Float[Array, "s d"], Any]:
-    """Every slot's token through the model, against its prompt and its own columns of the ring."""
-    c, slots, entries = r.model.config, s.slots, s.entries
-    positions = row_positions(entries.valid)
-    position = jnp.sum(entries.valid, axis=1, dtype=jnp.int32)[slots.entry] + slots.age
-    back = (cursor - jnp.arange(columns)) % r.budget
-    in_ring = back <= slots.age[:, None]
-    if r.plan.group == 1:
-        in_prompt, distance = entries.valid, position[:, None] - positions
-    else:
-        mine = slots.entry[:, None] == jnp.arange(entries.open.shape[0])
-        in_prompt, distance = mine[:, :, None] & entries.valid, position[:, None, None] - positions
-    if c.sliding_window is not None:
-        in_ring &= back < c.sliding_window
-        in_prompt &= distance < c.sliding_window
-    attend = two_segment_attend(cursor, in_prompt, in_ring, r.layout, c.attention_scale)
-    memory: Any = Memory(slots.cache, entries.cache)
-    if r.layout.on_cpu:
-        memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
-    hidden, memory = forward(
-        r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
-    )
-    return hidden[:, 0], [layer.ring for layer in memory] if r.layout.on_cpu else memory.ring

@@ -8,6 +8,7 @@ PREFILLED_SAMPLES = 4  # a prefill is for at least so many requests, that readin
 # Slots of a data shard. On CPUs a step's time grows with its slots, so fewer and fuller ones win; an accelerator reads
 # the weights at every step, so many share a read.
 CPU_SLOTS, ACCELERATOR_SLOTS = 32, 256
+SHORTEST_LAP = 96  # columns of a ring whose first half is worth a loop of its own, which reads no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class RefillPlan:
     def prefilled(self, groups: int) -> int:
         """Prompts that are prefilled together: shared ones one by one, as soon as there is room."""
         return min(self.entries(groups), max(1, PREFILLED_SAMPLES // self.group))
+
+
+def starts_with_half(layout: Layout, columns: int) -> bool:
+    """Whether the ring has only half its columns at first: where one core reads all of it at every token."""
+    return layout.on_cpu and columns >= SHORTEST_LAP
 
 
 def plan_refill(

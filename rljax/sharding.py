@@ -6,11 +6,14 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Outermost first: replica crosses slices and the data-centre network, tensor the fastest links.
@@ -97,6 +100,18 @@ class Layout:
         if manual:
             spec = PartitionSpec(*(_without(entry, manual) for entry in spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(context if manual else self.mesh, spec))
+
+    def in_memory(self, x: jax.Array, axes: Sequence[str | None], order: Sequence[int]) -> jax.Array:
+        """On TPUs ``x`` lies in memory with its axes in ``order``, the last one fastest; elsewhere XLA chooses.
+
+        For use where data axes are manual. The tensor axis is made so here: XLA gathers what it is to lay out.
+        """
+        if not self.on_tpu:
+            return x
+        lay = partial(with_layout_constraint, layouts=MemoryLayout(major_to_minor=tuple(order)))
+        spec, mesh = self.spec(axes, x.shape), jax.sharding.get_abstract_mesh()
+        shard = jax.shard_map(lay, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)
+        return shard(x)
 
     def _degree(self, entry: MeshAxes) -> int:
         names = (entry,) if isinstance(entry, str) else entry or ()

@@ -59,7 +59,7 @@ def test_the_plan_shows_prompts_masks_end_token_and_owners(planned):
     owners = re.findall(r"^    (?:always|rollout|prefill|decode|update) +([a-z ]+?) +\d+\.\d+$", online, re.MULTILINE)
     assert owners == [
         *("parameters", "optimizer state", "frozen reference", "decode weights", "prompt cache", "completion cache"),
-        *("prompt activations", "second cache", "decode logits"),
+        *("prompt activations", "second cache", "decode scores", "decode logits"),
         *("gradients", "gathered weights", "activations", "logits chunk", "all", "all", "all"),
     ]
 
@@ -204,6 +204,31 @@ def test_the_caches_by_hand():
     # A fixed batch has a prompt's columns for every row.
     owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(mesh="1,4,2", **{"rollout.slots": 0}))}
     assert owners["prompt cache"] == owners["completion cache"] == (64 // 4) * 64 * column
+
+
+def test_the_cache_of_a_cpu_is_float32_and_its_first_half_stands_beside_the_whole():
+    """bfloat16 compute, 128 columns of the ring: a row of 16 numbers takes 64 bytes, and 64 more columns a while."""
+    settings = {"mesh": "1,4,2", "compute_dtype": "bfloat16", "rollout.max_new_tokens": 128}
+    owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(**settings))}
+    column = 4 * 2 * (2 // 2) * 16 * 4
+    assert owners["completion cache"] == 16 * 128 * column
+    assert owners["second cache"] == 16 * 64 * column
+    # A fixed batch has its cache in the compute dtype, in two layouts for a while.
+    owners = {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(**settings, **{"rollout.slots": 0}))}
+    assert owners["completion cache"] == 16 * 128 * column // 2
+    assert owners["second cache"] == 16 * (64 + 128) * column // 2
+
+
+def test_the_scores_of_a_step_by_hand(monkeypatch):
+    """4 heads over tensor 2, 16 slots in groups of 4, 4 prompts of 64, a ring of 64: float32 three times."""
+    settings = {"mesh": "1,4,2", "data.dev": "", "data.test": "", "data.dev_rows": 0}
+
+    def scores():
+        return {owner.name: owner.bytes for owner in bytes_by_owner(make_stage(**settings))}["decode scores"]
+
+    assert scores() == 2 * 16 * (64 + 4 * 64) * 12  # all slots meet all prompts
+    monkeypatch.setattr("rljax.models.segments.MOST_SCORES", 0)
+    assert scores() == 2 * (16 * 64 + 4 * 4 * 64) * 12  # each prompt meets its group
 
 
 def assemble(data_dir: Path, folder: Path, model: str, tokenizer: str) -> Path:

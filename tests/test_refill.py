@@ -11,6 +11,8 @@ import pytest
 from rljax.decoding import Sampling
 from rljax.models.decoder import Model
 from rljax.models.params import init_params
+from rljax.models.segments import _by_entry as segments_by_entry
+from rljax.models.segments import one_product
 from rljax.refill_plan import CPU_SLOTS, RefillPlan, plan_refill
 from rljax.sampler import Generate, make_generate
 from rljax.sharding import DECODE_RULES, Layout
@@ -87,7 +89,7 @@ def test_a_ring_that_begins_with_half_its_columns(
     group: int, slots: int, loops: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four of nine columns in the first steps, the same rollout; its program has a loop more."""
-    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    monkeypatch.setattr("rljax.refill_plan.SHORTEST_LAP", BUDGET)
     plan, prompts = RefillPlan(group=group, slots=slots, loops=loops), requests(group)
     same(rollout(plan, prompts), plain(group))
     arguments = (init_params(MODEL, layout(), 0), prompts, jax.random.key(1), np.int32(0))
@@ -179,6 +181,46 @@ def test_windows_grouped_heads_and_truncation_in_float64() -> None:
         other = rollout(None, requests(4), **settings)
         assert np.isfinite(other.support[other.loss_mask]).all()
         same(rollout(RefillPlan(group=4, slots=6), requests(4), "1,1,4", **settings), other, atol=1e-12)
+
+
+@pytest.fixture
+def by_entry(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Shared prompts are attended entry by entry, however small they are; the shapes of queries that were."""
+    seen: list[Any] = []
+
+    def spied(q: Any, *rest: Any) -> Any:
+        seen.append(q.shape)
+        return segments_by_entry(q, *rest)
+
+    monkeypatch.setattr("rljax.models.segments.MOST_SCORES", 0)
+    monkeypatch.setattr("rljax.models.segments._by_entry", spied)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("slots", "loops", "mesh"),
+    [(5, 1, "1,1,1"), (16, 2, "1,1,1"), (32, 1, "1,1,1"), (4, 1, "1,2,2"), (4, 1, "1,8,1")],
+)
+def test_prompts_attended_entry_by_entry(by_entry: list[Any], slots: int, loops: int, mesh: str) -> None:
+    same(rollout(RefillPlan(group=4, slots=slots, loops=loops), requests(4), mesh, MODEL.padded_for(2)), plain(4))
+    assert by_entry
+
+
+def test_entry_by_entry_with_windows_grouped_heads_and_empty_prompts_in_float64(by_entry: list[Any]) -> None:
+    with jax.enable_x64(True):
+        model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=4).padded_for(4)
+        settings: dict[str, Any] = {"dtype": jnp.float64, "model": model}
+        prompts = requests(4, (0, 3))
+        other = rollout(None, prompts, **settings)
+        for mesh in ("1,1,1", "1,1,4"):
+            same(rollout(RefillPlan(group=4, slots=6), prompts, mesh, **settings), other, atol=1e-12)
+    assert {shape[1:3] for shape in by_entry} == {(2, 4), (4, 2)}  # kv heads, queries each
+
+
+def test_the_form_of_a_step_goes_by_its_scores() -> None:
+    """64 slots in groups of 8 with prompts of 64, 17 entries: one product. Accelerators' 256 slots, 8B: by entry."""
+    assert one_product(64, 1, 17, 64)
+    assert not one_product(256, 4, 65, 1024)
 
 
 def test_memory_does_not_depend_on_the_number_of_requests() -> None:

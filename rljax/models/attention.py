@@ -135,6 +135,19 @@ def write_layer(
     return jax.tree.map(put, cache, Cache(as_stored(cache.k, k), as_stored(cache.v, v)))
 
 
+def rows_together(cache: Cache, layout: Layout, heads_axis: int) -> Cache:
+    """A stack of layers whose every head has its rows side by side in memory, as attention reads them.
+
+    The TPU compiler would lay it out for the write of one column, and copy a layer at every token to read it.
+    """
+
+    def lay(x: Array) -> Array:
+        axes = [None] * x.ndim
+        return layout.in_memory(x, [*axes[:heads_axis], "kv_heads", *axes[heads_axis + 1 :]], range(x.ndim))
+
+    return jax.tree.map(lay, cache)
+
+
 def cached_attend(start: Int[Array, ""] | int, visible: Bool[Array, "b t s"], layout: Layout, scale: float) -> Attend:
     """Write this call's keys and values at column ``start`` of every row, then attend over the cache."""
 

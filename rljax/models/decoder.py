@@ -135,10 +135,17 @@ def attention_sublayer(
 ) -> tuple[Float[Array, "b t d"], Any]:
     """x + attention(norm(x)). ``adjust`` is a family's touch on q, k and v before rotation: biases, per-head norms."""
     h = rms_norm(x, w["attention_norm"], c.norm_eps)
+    if cache is not None:
+        w = {**w, **{name: jax.tree.map(partial(_heads_first, layout), w[name]) for name in ("q", "k", "v")}}
     q, k, v = (adjust(name, dot(h, w[name])) for name in ("q", "k", "v"))
     q = layout.constrain(rotate(q, rope), "batch", None, "heads", None)
     out, cache = attend(q, rotate(k, rope), v, cache, layer)
     return layout.constrain(x + dot(out, w["o"], 2), "batch", None, None), cache
+
+
+def _heads_first(layout: Layout, w: Array) -> Array:
+    """As decoding reads them: the compiler laid those of all layers out again, for prefill and back, at every token."""
+    return layout.in_memory(w, (None, "heads", None), (1, 0, 2)) if w.ndim == 3 else w
 
 
 def ffn_sublayer(c: DecoderConfig, layout: Layout, w: Params, x: Array) -> Float[Array, "b t d"]:

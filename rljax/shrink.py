@@ -25,6 +25,7 @@ EVERYWHERE: dict[str, Any] = {
     "compute_dtype": "float32",
     "reward.names": ("rljax.shrink:digit_share",),
     "reward.weights": (),
+    "reward.options": {},
     "checkpoint.every_steps": 0,
     "data.dev": "",
     "data.test": "",

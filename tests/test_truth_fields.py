@@ -63,13 +63,17 @@ def names_of(tree: ast.AST, classes: set[str], group: str) -> set[str]:
 
 
 def reads(tree: ast.AST, classes: set[str], group: str) -> set[str]:
-    """Fields that are read of objects of the classes: as attributes, and by name where ``vars`` is asked for them."""
+    """Fields that are read of objects of the classes: as attributes, and by name where ``vars`` is asked for them.
+
+    The names stand in the function that asks, or in a table that it reads."""
     names, found = names_of(tree, classes, group), set()
     for node in walk(tree):
         if isinstance(node, ast.ClassDef) and node.name in classes:
             found |= attributes(node, {"self"})
         if isinstance(node, ast.FunctionDef) and any(is_vars(part, names) for part in walk(node)):
-            found |= {part.value for part in walk(node) if isinstance(part, ast.Constant)}
+            tables = {part.id for part in walk(node) if isinstance(part, ast.Name)}
+            places = [node, *(a for a in walk(tree) if isinstance(a, ast.Assign) and last_name(a.targets[0]) in tables)]
+            found |= {part.value for place in places for part in walk(place) if isinstance(part, ast.Constant)}
             found |= {name for part in walk(node) for name in taken_by_name(part)}
     return found | attributes(tree, names)
 

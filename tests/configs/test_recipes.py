@@ -453,7 +453,14 @@ SIZES = {
         "tokenizer.template",
         "tokenizer.system_prompt",
     ),
-    *("algo.overlong_buffer", "reward.names", "reward.weights", "checkpoint.every_steps", "select.labels"),
+    *(
+        "algo.overlong_buffer",
+        "reward.names",
+        "reward.weights",
+        "reward.options",
+        "checkpoint.every_steps",
+        "select.labels",
+    ),
     *("critic.init_from", "critic.center_on", "optim.warmup_steps", "optim.freeze_steps"),
     *("critic.optim.warmup_steps", "critic.optim.freeze_steps"),
     *("rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
@@ -463,7 +470,7 @@ SIZES = {
     *("text_mix.train", "text_mix.train_rows", "text_mix.rows", "text_mix.row_length"),
 }
 # Groups whose keys are those of a model, of a data set or of a task.
-OPEN = {"model.architecture", "data.columns", "data.options", "text_mix.columns", "text_mix.options"}
+OPEN = {"reward.options", "model.architecture", "data.columns", "data.options", "text_mix.columns", "text_mix.options"}
 
 
 @pytest.mark.fast

@@ -100,6 +100,7 @@ def test_the_same_prompts_are_shown_at_every_evaluation(done: Done) -> None:
         assert prompts == [expected] * len(shown)
         written = [[r["completion"] for r in records] for records in shown.values()]
         assert written[0] != written[-1]  # another policy
+    assert {r["correct"] for records in done.samples("dev").values() for r in records} == {True, False}
 
 
 def test_scores_are_those_of_the_completions_that_are_shown(done: Done) -> None:
@@ -125,7 +126,7 @@ def test_samples_behind_a_greedy_completion_are_counted_without_the_rows_that_fi
                 key = (int(batch.host.prompt_id[i]), int(batch.host.sample_id[i]))
                 right[key] = graded("", done.text(batch.host, i)).correct
         table = np.array([[right[row, sample] for sample in range(3)] for row in range(ROWS[split])], float)
-        assert len(right) == table.size
+        assert len(right) == table.size and 0 < table[:, 1:].mean() < 1
         assert metrics["score"] == pytest.approx(table[:, 0].mean())
         assert metrics["sampled_score"] == pytest.approx(table[:, 1:].mean())
         assert metrics["pass_at_2"] == pytest.approx(table[:, 1:].max(axis=1).mean())

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,29 @@ from typing import Any
 import pytest
 
 from rljax.peers import DEAD_PEER_S, FAREWELL_S
-from tests.tiny import left_behind, lines, run, start, tiny_command
+from tests.tiny import AS_USERS, left_behind, lines, run, start, tiny_command
 
 MAIN = ("rljax.main",)
+NO_ENV: dict[str, str] = {}
 GRPO_ONLY = {"recipe": ("main",), "data.dev": "", "data.test": "", "steps": 3}
 SLOW = {"steps": 40, "eval.every_steps": 10, "checkpoint.every_steps": 3, "reward.names": ("tests.tiny:slow_share",)}
 
 
 @contextmanager
 def two_processes(
-    folder: Path, modules: Sequence[tuple[str, ...]] = (MAIN, MAIN), *, output_dirs: Any = (), **overrides: Any
+    folder: Path,
+    modules: Sequence[tuple[str, ...]] = (MAIN, MAIN),
+    *,
+    output_dirs: Any = (),
+    env: Mapping[str, str] = NO_ENV,
+    **overrides: Any,
 ) -> Iterator[list[subprocess.Popen]]:
     """Two processes of one run; ``folder.0.log`` and ``folder.1.log`` are theirs. None outlives the block."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     processes = [
-        start(tiny_command(place, module, distributed=f"{address},2,{i}", **overrides), log_of(folder, i))
+        start(tiny_command(place, module, distributed=f"{address},2,{i}", **overrides), log_of(folder, i), **env)
         for i, (module, place) in enumerate(zip(modules, output_dirs or (folder, folder), strict=True))
     ]
     try:
@@ -64,16 +70,17 @@ def text_of(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def one_process(folder: Path, **overrides: Any) -> dict[str, Any]:
+def one_process(folder: Path, env: Mapping[str, str] = NO_ENV, **overrides: Any) -> dict[str, Any]:
     log = folder.with_name(f"{folder.name}.log")
-    assert run(tiny_command(folder, cpu_devices=2, **overrides), log) == 0, log.read_text()
+    assert run(tiny_command(folder, cpu_devices=2, **overrides), log, **env) == 0, log.read_text()
     return left_behind(folder)
 
 
-def test_two_processes_write_what_one_does_and_only_the_first_of_them(tmp_path):
+@pytest.mark.parametrize("env", [NO_ENV, pytest.param(AS_USERS, marks=pytest.mark.slow)], ids=["quick", "as_users"])
+def test_two_processes_write_what_one_does_and_only_the_first_of_them(tmp_path, env):
     """Every metric, sample and bit of the state; what both wrote would stand there twice."""
-    finish_both(tmp_path / "two", **GRPO_ONLY)
-    assert left_behind(tmp_path / "two") == one_process(tmp_path / "one", **GRPO_ONLY)
+    finish_both(tmp_path / "two", env=env, **GRPO_ONLY)
+    assert left_behind(tmp_path / "two") == one_process(tmp_path / "one", env, **GRPO_ONLY)
     said = [line for line in log_of(tmp_path / "two", 1).read_text().splitlines() if "[Gloo]" not in line]
     assert said == []
 
@@ -88,6 +95,16 @@ def test_a_folder_that_is_not_shared_is_refused_by_both(tmp_path):
         )
         assert sentence in log_of(folder, i).read_text()
         assert not (tmp_path / name / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_held_out_text_is_measured_alike(tmp_path):
+    """In calls of 6 rows, the last of which lacks some."""
+    supervised = {"recipe": ("main",), "algo.name": "sft", "reward.names": (), "batch.rows": 6, "batch.minibatches": 1}
+    finish_both(tmp_path / "two", **supervised, steps=2)
+    one = one_process(tmp_path / "one", **supervised, steps=2)
+    assert left_behind(tmp_path / "two") == one
+    assert [record["eval/n"] for record in one["metrics"] if "eval/nll" in record] == [8, 8]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from rljax.runs import ConfigMismatch
 from rljax.session import open_session
 from rljax.trainer import train
 from tests.saved_states import flip_a_bit, largest_file
-from tests.tiny import left_behind, lines, run, start, tiny_command, tiny_config
+from tests.tiny import AS_USERS, left_behind, lines, run, start, tiny_command, tiny_config
 
 # State of every kind: moments of the algorithm, a reference that follows the policy, an epoch that ends amid a batch;
 # rollouts in pieces.
@@ -202,6 +202,18 @@ def test_killed_at_random_moments_equals_uninterrupted(tmp_path, long_uninterrup
     assert set(statuses) <= {-9, 0} and -9 in statuses
     assert run(tiny_command(tmp_path / "run", **LONG), log) == 0, log.read_text()
     assert left_behind(tmp_path / "run") == long_uninterrupted
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_equals_uninterrupted_as_users_compile_it(tmp_path):
+    """The other tests here compile quickly, which is other code."""
+    log = tmp_path / "log"
+    killed = tiny_command(tmp_path / "cut", ("tests.stops_itself", "record", "8"), **EVERYTHING)
+    assert run(killed, log, **AS_USERS) == -9, log.read_text()
+    assert run(tiny_command(tmp_path / "cut", **EVERYTHING), log, **AS_USERS) == 0, log.read_text()
+    assert resumed_at(log) in (4, 6)
+    assert run(tiny_command(tmp_path / "whole", **EVERYTHING), log, **AS_USERS) == 0, log.read_text()
+    assert left_behind(tmp_path / "cut") == left_behind(tmp_path / "whole")
 
 
 @pytest.mark.slow

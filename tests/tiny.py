@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and end the process
     QUICK_COMPILE["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+AS_USERS = {"XLA_FLAGS": ""}  # for start and run: the programs that users have
 PROGRAMS = "RLJAX_TEST_PROGRAMS"  # names the folder of the programs that were compiled in this test session
 
 

@@ -52,7 +52,11 @@ def collect(
             pieces=r.pieces,
         )
         if not mixed:
-            return done, position, row_metrics([done], r.group_size, stage.rival is not None)
+            return (
+                done,
+                position,
+                row_metrics([done], r.group_size, stage.rival is not None) | {"train/groups_kept": 1.0},
+            )
         scores = np.where(done.correct >= 0, done.correct, done.rewards).reshape(-1, r.group_size)
         rounds.append(done)
         kept += [(number, g) for g in np.flatnonzero(scores.min(axis=1) < scores.max(axis=1)).tolist()]

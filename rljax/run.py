@@ -13,7 +13,7 @@ from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
 from rljax.data.batches import DataPosition, SupervisedSource
 from rljax.data_report import report_data
-from rljax.evaluate import Evaluator, show
+from rljax.evaluate import Evaluator, report_failures, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Model, Params
@@ -136,6 +136,7 @@ class Run:
         if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
             found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found
+            report_failures(self.writer, self.progress.step, batches)
             shown = show(batches, self.config.eval.shown_prompts)
         if not metrics:
             return None

@@ -9,7 +9,7 @@ import numpy as np
 from rljax.collect import model_reward
 from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
-from rljax.evaluate import sample_records
+from rljax.evaluate import report_failures, sample_records
 from rljax.limits import limited, passed_limit
 from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
@@ -129,6 +129,8 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
     _stop_trace(run)
     stage.update_reference(result.state, progress.stage_step)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
+    if result.completions is not None:
+        report_failures(run.writer, progress.step, [result.completions])
     _write_step_samples(run, result)
     samples.write(progress.step, result.completions)
     progress.limited = limited(result.metrics)

@@ -143,6 +143,7 @@ class Run:
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})
         self.writer.write_samples(self.progress.step, split, shown)
+        self.writer.show_samples(shown)
         return metrics.get("score")
 
 

@@ -53,7 +53,8 @@ def collect(
             pieces=r.pieces,
         )
         if not chooses:
-            return done, position, row_metrics([done], r.group_size, stage.rival is not None)
+            metrics = row_metrics([done], r.group_size, stage.rival is not None)
+            return done, position, metrics | {"train/groups_kept": 1.0}
         rounds.append(done)
         kept += [(number, g) for g in np.flatnonzero(kept_groups(done, r)).tolist()]
         if len(kept) >= r.prompts_per_step:
@@ -124,6 +125,7 @@ def _selected(stage: Stage, rounds: list[Completions], kept: list[tuple[int, int
         parts={name: pick(*(done.part(name) for done in rounds)) for name in parts},
         dense=pick(*map(_dense, rounds)) if any(done.dense is not None for done in rounds) else None,
         failures=sum(done.failures for done in rounds),
+        failed=[record for done in rounds for record in done.failed],
         samples={k: rounds[n].samples[i] for n, i, k in mine},
         answers={k: rounds[n].answers[i] for n, i, k in mine},
         times=Times(*map(sum, zip(*(done.times for done in rounds), strict=True))),

@@ -1,12 +1,14 @@
 """Console output: one aligned line per step, evaluations, and a progress bar."""
 
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 HEADER_EVERY = 25
+SHOWN_SAMPLES = 2
 WIDTH = 8
 
 # Metrics that are added up, heading, format; a column stands in the table where the step has one of its metrics.
@@ -57,6 +59,12 @@ class Console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first completions of an evaluation, one line each, cut to the width: the same prompts every time."""
+        width = shutil.get_terminal_size((120, 24)).columns
+        for row in rows[:SHOWN_SAMPLES]:
+            self.say(_sample_line(row, width))
+
     def close(self) -> None:
         self._bar.close()
 
@@ -92,3 +100,16 @@ class Console:
         if f"{split}/n" in metrics:
             text += f", {value('n', 'd')} problems"
         self.say(text)
+
+
+def _sample_line(row: Mapping[str, Any], width: int) -> str:
+    """``prompt -> completion  (reward 1.000)``: of a long prompt its end, in a third of the room."""
+    prompt, completion = (" ".join(row[name].split()) for name in ("prompt", "completion"))
+    reward = f"  (reward {row['reward']:.3f})"
+    room = max(width - len(f"      {reward} -> "), 20)
+    for_prompt = max(room // 3, room - len(completion))
+    if len(prompt) > for_prompt:
+        prompt = "…" + prompt[1 - for_prompt :]
+    if len(completion) > room - len(prompt):
+        completion = completion[: room - len(prompt) - 1] + "…"
+    return f"      {prompt} -> {completion}{reward}"

@@ -1,15 +1,17 @@
 """Scores on held-out prompts, with the sampler and rewards used in training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rljax.data.batches import DataPosition, PromptBatch, PromptSource, repeat_prompts
+from rljax.metrics import MetricsWriter
 from rljax.rewards.estimates import maj_at_k, pass_at_k, rerank_at_k, with_interval
 from rljax.rewards.runner import RewardRunner
-from rljax.rollouts import Completions, ModelReward, complete
+from rljax.rollouts import SHOWN_FAILURES, Completions, ModelReward, complete, sample_record
 from rljax.sampler import make_generate
 from rljax.session import EVAL_KEY, Session
 from rljax.sharding import agree_text
@@ -169,18 +171,20 @@ def sample_records(done: Completions, chosen: list[int]) -> list[dict[str, Any]]
     return [records[i] for i in chosen]
 
 
-def sample_record(done: Completions, i: int) -> dict[str, Any]:
-    """One of this process's completions as a line of samples.jsonl."""
-    sample = done.samples[i]
-    return {
-        "prompt_id": int(done.host.prompt_id[i]),
-        "sample_id": int(done.host.sample_id[i]),
-        "prompt": sample.prompt,
-        "completion": sample.completion,
-        "finished": sample.finished,
-        "reward": float(done.rewards[i]),
-        "correct": None if done.correct[i] < 0 else bool(done.correct[i]),
-        "answer": done.answers[i],
-        "parts": {name: float(values[i]) for name, values in done.parts.items() if not np.isnan(values[i])},
-        "token_ids": list(sample.token_ids),
-    }
+def report_failures(writer: MetricsWriter, step: int, batches: Sequence[Completions]) -> None:
+    """Completions whose reward failed, with the reason, as lines of samples.jsonl; the first is said.
+
+    Every process calls it, with the same numbers of failures.
+    """
+    count = sum(done.failures for done in batches)
+    if not count:
+        return
+    texts = agree_text(json.dumps([record for done in batches for record in done.failed]))
+    records = [record for text in texts for record in json.loads(text)][:SHOWN_FAILURES]
+    writer.write_samples(step, "failed", records)
+    name, reason = next(iter(records[0]["failures"].items()))
+    writer.event(
+        step,
+        f"step {step}: the reward {name!r} failed on a completion of prompt {records[0]['prompt_id']} ({reason}); "
+        f"{count} failed, see those of phase 'failed' in samples.jsonl",
+    )

@@ -7,7 +7,8 @@ run is started again.
 import re
 from collections.abc import Iterable
 
-# Of a split: "eval" is the test split, read at start and end only; "dev" chooses the checkpoint to keep.
+# Of a split: "eval" is the test split, read before the first step and at the end of each stage, which is the start of
+# the next; "dev" chooses the checkpoint to keep.
 # These have the ends of their interval beside them, as name_low and name_high.
 _WITH_INTERVAL = {
     "score": "the held-out measure: share of right completions, or mean reward; of held-out text mean log-prob a token",
@@ -77,7 +78,9 @@ METRICS: dict[str, str] = {
     "train/reward_std": "standard deviation (biased) of the policy's rewards",
     "train/reward/{part}": "mean of one reward before its weight, or of its part name/part over rows that have it",
     "train/reward_by_dataset/{dataset}": "mean reward of the completions of that dataset",
-    "train/reward_failures": "completions whose reward raised or timed out, count",
+    "train/reward_std_by_dataset/{dataset}": "standard deviation (biased) of their rewards",
+    "train/reward_by_dataset/{dataset}/{part}": "mean of one reward, or part, of theirs, as train/reward/{part}",
+    "train/reward_failures": "completions whose reward raised, timed out or was not finite, count",
     "train/correct": "share of completions judged right",
     "train/completion_length": "mean completion length, tokens, including the end token",
     "train/completion_length_max": "longest completion, tokens",
@@ -86,7 +89,7 @@ METRICS: dict[str, str] = {
     "train/truncated": "share of completions without an end token within the budget",
     "train/groups_all_right": "share of groups with right completions only",
     "train/groups_all_wrong": "share of groups with wrong completions only",
-    "train/groups_kept": "share of sampled groups that dynamic sampling kept",
+    "train/groups_kept": "share of sampled groups that dynamic sampling kept; 1 without it (rollout.keep_groups all)",
     "train/rounds": "rounds of dynamic sampling, count",
     "train/kl_per_token": "KL of the sampling policy to the reference on its own samples (log ratio), nats a token",
     "train/kl_per_completion": "the same summed over a completion, nats a completion",
@@ -190,6 +193,7 @@ SAMPLES: dict[str, str] = {
     "answer": "the answer that was extracted; null where none was",
     "parts": "value of every reward by name, and of its parts as name/part",
     "token_ids": "the completion's ids",
+    "failures": "why, by reward, it got no value; of phase `failed` only",
 }
 
 
@@ -210,10 +214,14 @@ def document() -> str:
     for group in dict.fromkeys(name.partition("/")[0] for name in METRICS):
         rows = [(k, v) for k, v in METRICS.items() if k.partition("/")[0] == group]
         lines += [f"\n## {group}\n", "| key | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in rows)]
-    lines += ["\n## samples.jsonl\n", "Besides `step` and `phase` (the split or `train`) a line has:\n"]
+    lines += ["\n## samples.jsonl\n", _SAMPLE_PHASES]
     lines += ["| key | meaning |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in SAMPLES.items())]
     return "\n".join(lines) + "\n"
 
+
+_SAMPLE_PHASES = """Besides `step` and `phase` a line has these keys. The phase is the split, `train`, or `failed` for
+completions whose reward raised, timed out or was not finite (the first 8 of a step or an evaluation).
+"""
 
 _INTRODUCTION = """# Metrics
 
@@ -224,8 +232,9 @@ over all stages; 0 is before the first) and a `phase` (the stage of the recipe, 
 absent where it has no meaning. A value that is not finite is written as `null`, and `nonfinite` counts them per line.
 Each step appears once, even if the run was killed and resumed. Keys under `time/`, `speed/` and `memory/` and those
 ending in `/seconds` are measurements; all others are identical, bit for bit, in every run of one config on the same
-mesh and versions. Shares range from 0 to 1; logarithms are natural. Where a rival model writes half of a step's
-completions (XPO, Nash-MD), `train/` metrics of completions describe the policy's own.
+mesh and versions. The test split (`eval/`) is read before the first step and at the end of each stage, where the next
+one starts; the dev split also every `eval.every_steps`. Shares range from 0 to 1; logarithms are natural. Where a rival
+model writes half of a step's completions (XPO, Nash-MD), `train/` metrics of completions describe the policy's own.
 
 ```python
 import pandas as pd

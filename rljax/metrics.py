@@ -72,6 +72,11 @@ class MetricsWriter:
             for row in rows:
                 self._samples.append({"step": step, "phase": phase, **_strict(row)})
 
+    def show_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first of an evaluation's ``rows`` on the console, for a glance."""
+        if self._on:
+            self._console.samples(rows)
+
     def event(self, step: int, text: str) -> None:
         """Something worth a sentence in metrics.jsonl and on the console."""
         if self._on:

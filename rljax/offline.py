@@ -37,7 +37,7 @@ def open_comparisons(run: Run, stage: Stage, origin: str, policy: Params | None)
             save_cache(_cache_file(run, stage, split), cache)
             stage.cached_logprobs[split] = cache
         stage.frozen.pop("reference")
-    if stage.config is not run.config:
+    if stage.config is not run.config or not stage.algorithm.trains:
         return
     for split, source in run.comparisons.items():
         if isinstance(source, SupervisedSource):

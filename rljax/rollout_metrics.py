@@ -1,6 +1,6 @@
 """What the completions of a step look like, in numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,16 +44,24 @@ def row_metrics(rounds: Sequence[Completions], group_size: int, rivals: bool = F
     }
     if rivals:
         metrics["train/reward_rival"] = all_rewards[~own].mean()
-    for name in dict.fromkeys(name for done in rounds for name in done.parts):
-        values = np.concatenate([done.part(name) for done in rounds])[own]
-        if not np.isnan(values).all():
-            metrics[f"train/reward/{name}"] = np.nanmean(values)
+    part_names = dict.fromkeys(name for done in rounds for name in done.parts)
+    parts = {name: np.concatenate([done.part(name) for done in rounds])[own] for name in part_names}
+    metrics |= _part_means("train/reward", parts)
     if (correct >= 0).all():
         metrics |= _verdict_metrics(correct == 1, lengths, int(own[:group_size].sum()))
     datasets = np.asarray([str(row.get("dataset", "")) for done in rounds for row in done.rows])[own]
     for name in sorted(set(datasets.tolist()) - {""}):
-        metrics[f"train/reward_by_dataset/{name}"] = rewards[datasets == name].mean()
+        here = datasets == name
+        metrics[f"train/reward_by_dataset/{name}"] = rewards[here].mean()
+        metrics[f"train/reward_std_by_dataset/{name}"] = rewards[here].std()
+        of_parts = {part: values[here] for part, values in parts.items()}
+        metrics |= _part_means(f"train/reward_by_dataset/{name}", of_parts)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _part_means(prefix: str, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each part over the rows that have it."""
+    return {f"{prefix}/{name}": np.nanmean(v) for name, v in parts.items() if not np.isnan(v).all()}
 
 
 def _verdict_metrics(right: np.ndarray, lengths: np.ndarray, group_size: int) -> dict[str, float]:

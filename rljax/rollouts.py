@@ -25,6 +25,9 @@ Row = dict[str, Any]
 # Room for the names of rewards' parts where processes exchange them.
 PART_NAMES_CHARS = 4000
 
+# Of a call, on a process, and of a step: failed completions that are kept to be read.
+SHOWN_FAILURES = 8
+
 
 class Completions(NamedTuple):
     """The completions of a step, on the devices and on every host, with what the rewards said."""
@@ -36,7 +39,8 @@ class Completions(NamedTuple):
     correct: np.ndarray  # [b] 1 right, 0 wrong, -1 nobody judges
     parts: dict[str, np.ndarray]  # each reward's own value, and its parts as name/part, nan where it has none; [b]
     dense: np.ndarray | None  # [b, t] what rewards gave to single tokens; None where none did
-    failures: int
+    failures: int  # rows, on all processes, that a reward gave no number for
+    failed: list[dict[str, Any]]  # the first of them on this process, as ``sample_record`` with the reasons
     samples: dict[int, Sample]  # this process's rows by number
     answers: dict[int, str | None]
     times: Times
@@ -111,7 +115,7 @@ def complete(
         cut_pieces(len(rows), pieces, max(session.train.data_shards, session.decode.data_shards)),
     )
     rollout, host = joined(written, layout)
-    values, parts, answers, dense = _judged(session, host, runner, reads)
+    values, parts, answers, dense, reasons = _judged(session, host, runner, reads)
     if session.config.reward.discard_failed and values[2].any():
         host = host._replace(loss_mask=host.loss_mask & (values[2] == 0)[:, None])
         rollout = rollout._replace(loss_mask=to_global(host.loss_mask, layout))
@@ -121,7 +125,7 @@ def complete(
             values[0] += model_reward.weight * parts["model"]
         else:
             values[0] += model_reward.weight * verified_bonus(values[0], parts["model"], model_reward.threshold)
-    return Completions(
+    done = Completions(
         rollout=rollout,
         host=host,
         rows=list(rows),
@@ -130,10 +134,30 @@ def complete(
         parts=parts,
         dense=dense,
         failures=int(values[2].sum()),
+        failed=[],
         samples=dict(sorted((i, sample) for read in reads for i, sample in read.samples.items())),
         answers=answers,
         times=times,
     )
+    shown = list(reasons)[:SHOWN_FAILURES]
+    return done._replace(failed=[{**sample_record(done, i), "failures": reasons[i]} for i in shown])
+
+
+def sample_record(done: Completions, i: int) -> dict[str, Any]:
+    """One of this process's completions as a line of samples.jsonl."""
+    sample = done.samples[i]
+    return {
+        "prompt_id": int(done.host.prompt_id[i]),
+        "sample_id": int(done.host.sample_id[i]),
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "finished": sample.finished,
+        "reward": float(done.rewards[i]),
+        "correct": None if done.correct[i] < 0 else bool(done.correct[i]),
+        "answer": done.answers[i],
+        "parts": {name: float(values[i]) for name, values in done.parts.items() if not np.isnan(values[i])},
+        "token_ids": list(sample.token_ids),
+    }
 
 
 class _Read(NamedTuple):
@@ -159,10 +183,11 @@ def _read(
 class _Judged(NamedTuple):
     """What the rewards say of a step's rows, agreed by all processes; ``answers`` of this process's rows."""
 
-    values: np.ndarray  # [3, b]: the reward, ``correct``, failures
+    values: np.ndarray  # [3, b]: the reward, ``correct``, 1 where a reward failed
     parts: dict[str, np.ndarray]
     answers: dict[int, str | None]
     dense: np.ndarray | None
+    reasons: dict[int, dict[str, str]]  # of this process's failures: row, reward, why
 
 
 def _judged(session: Session, host: Any, runner: RewardRunner | None, reads: Sequence[_Read]) -> _Judged:
@@ -172,16 +197,19 @@ def _judged(session: Session, host: Any, runner: RewardRunner | None, reads: Seq
     parts: dict[str, np.ndarray] = {}
     answers: dict[int, str | None] = dict.fromkeys(numbers)
     spans: dict[int, tuple[Span, ...]] = {}
+    reasons: dict[int, dict[str, str]] = {}
     if runner is not None:
         scored = join_scored([read.scored for read in reads if read.scored is not None])
         values[0, mine] = scored.values
         values[1, mine] = [-1 if c is None else int(c) for c in scored.correct]
-        np.add.at(values[2], mine[[f.index for f in scored.failures]], 1)
+        for failure in scored.failures:
+            reasons.setdefault(numbers[failure.index], {})[failure.reward] = failure.reason
+        values[2, list(reasons)] = 1
         parts = _parts(runner, scored, mine, len(host.tokens))
         answers = dict(zip(numbers, scored.answers, strict=True))
         spans = dict(zip(numbers, scored.spans, strict=True))
     dense = _dense_rewards(session, host, spans)
-    return _Judged(_owners(values), parts, answers, dense)
+    return _Judged(_owners(values), parts, answers, dense, reasons)
 
 
 def _dense_rewards(session: Session, host: Any, spans: dict[int, tuple[Span, ...]]) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
 from rljax.data.batches import DataPosition, SupervisedSource
 from rljax.data_report import report_data
-from rljax.evaluate import Evaluator, show
+from rljax.evaluate import Evaluator, report_failures, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
 from rljax.evaluate_text import TextEvaluator
 from rljax.metrics import MetricsWriter
@@ -140,6 +140,7 @@ class Run:
         if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
             found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found
+            report_failures(self.writer, self.progress.step, batches)
             shown = show(batches, self.config.eval.shown_prompts)
         kind = ("evaluation", self.progress.stage, split, *sorted(trees), ranker is not None)
         self.compiles.check(kind, self.compiles.programs - before)
@@ -148,6 +149,7 @@ class Run:
         prefix = "eval" if split == "test" else split
         self.writer.write(self.progress.step, "eval", {f"{prefix}/{name}": value for name, value in metrics.items()})
         self.writer.write_samples(self.progress.step, split, shown)
+        self.writer.show_samples(shown)
         return metrics.get("score")
 
 

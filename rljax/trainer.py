@@ -9,7 +9,7 @@ import numpy as np
 from rljax.collect import model_reward
 from rljax.config import Config, StageConfig
 from rljax.data.batches import DataPosition
-from rljax.evaluate import sample_records
+from rljax.evaluate import report_failures, sample_records
 from rljax.limits import limited, passed_limit
 from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
@@ -133,6 +133,8 @@ def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) 
     resets = every > 0 and progress.stage_step % every == 0
     run.compiles.check(("reference", stage.number, resets), run.compiles.count - before)
     run.writer.write(progress.step, run.config.recipe[stage.number], result.metrics)
+    if result.completions is not None:
+        report_failures(run.writer, progress.step, [result.completions])
     _write_step_samples(run, result)
     samples.write(progress.step, result.completions)
     progress.limited = limited(result.metrics)

@@ -142,6 +142,21 @@ def test_the_table_is_aligned_and_says_what_a_reader_asks(tmp_path, capfd):
     assert lines(tmp_path / "metrics.jsonl")[-1] == {"step": 14, "phase": "event", "event/text": "stopped: KL"}
 
 
+def test_samples_of_an_evaluation_are_a_line_each_that_fits_the_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [
+        {"prompt": "1+2=", "completion": "1+2=3;\n#3", "reward": 1.0},
+        {"prompt": "Count from one: " + "one two " * 20 + "three", "completion": "four five " * 20, "reward": -0.25},
+        {"prompt": "not", "completion": "shown", "reward": 0.0},
+    ]
+    with MetricsWriter(tmp_path) as writer:
+        writer.show_samples(rows)
+    short, long = capfd.readouterr().out.splitlines()
+    assert short == "      1+2= -> 1+2=3; #3  (reward 1.000)"
+    assert len(long) == 60 and long.startswith("      …") and " two three -> four five f" in long
+    assert long.endswith("…  (reward -0.250)")
+
+
 def test_a_long_run_repeats_its_header_and_prints_what_is_not_finite(tmp_path, capfd):
     with MetricsWriter(tmp_path, total_steps=60) as writer:
         for step in range(60):

@@ -181,6 +181,7 @@ def test_a_rival_writes_the_second_half_of_a_prompt_s_completions() -> None:
     np.testing.assert_array_equal(both.sample_id, [0, 1] * 16)
     of_each = [metrics["train/reward"], metrics["train/reward_rival"]]
     np.testing.assert_allclose(of_each, [done.rewards[0::2].mean(), done.rewards[1::2].mean()])
+    assert metrics["train/groups_kept"] == 1
     np.testing.assert_array_equal(both.tokens[0::2], alone.tokens[0::2])
     spread = both.behavior_logprobs[1::2][both.loss_mask[1::2]]
     np.testing.assert_allclose(spread, -np.log(18), rtol=1e-5)

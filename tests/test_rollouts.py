@@ -12,6 +12,7 @@ import pytest
 from rljax.collect import kept_groups
 from rljax.config import RolloutConfig
 from rljax.data.batches import DataPosition, repeat_prompts
+from rljax.metric_names import undocumented
 from rljax.pieces import Written, cut_pieces, overlapped
 from rljax.rewards.base import Score, Span
 from rljax.rewards.runner import RewardRunner
@@ -117,6 +118,26 @@ def test_what_is_said_of_completions_is_said_of_the_policy_s_own() -> None:
     both = row_metrics([done], 2)
     assert (both["train/reward"], both["train/correct"], both["train/groups_all_wrong"]) == (3, 0.5, 0)
     assert "train/reward_rival" not in both and both["train/reward/reward/long"] == 1
+
+
+def test_each_dataset_has_its_reward_its_spread_and_its_parts() -> None:
+    """ "1" is worth 2, "12" is worth 4 and long; one "1" is of another dataset than the other seven completions."""
+
+    def judged(prompt: str, completion: str) -> Score:
+        return Score(float(len(completion)), parts={"long": 1.0} if len(completion) == 2 else {})
+
+    done = completed(judged)
+    done = done._replace(rows=[{**row, "dataset": "rest" if i == 6 else "sums"} for i, row in enumerate(done.rows)])
+    found = row_metrics([done], 2)
+    # (3·2 + 4·4) / 7, and the root of (3·2² + 4·4²) / 7 - (22 / 7)² = 48 / 49.
+    of_sums = (found["train/reward_by_dataset/sums"], found["train/reward_std_by_dataset/sums"])
+    np.testing.assert_allclose(of_sums, (22 / 7, (48 / 49) ** 0.5))
+    np.testing.assert_allclose(found["train/reward_by_dataset/sums/reward"], 11 / 7)  # before its weight
+    assert found["train/reward_by_dataset/sums/reward/long"] == 1
+    assert (found["train/reward_by_dataset/rest"], found["train/reward_std_by_dataset/rest"]) == (2, 0)
+    assert found["train/reward_by_dataset/rest/reward"] == 1
+    assert "train/reward_by_dataset/rest/reward/long" not in found
+    assert undocumented(found) == []
 
 
 def test_a_piece_has_whole_groups_of_every_shard() -> None:

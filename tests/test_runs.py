@@ -7,13 +7,12 @@ import sys
 import threading
 from pathlib import Path
 
-import fsspec
 import jax
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 import rljax
 from rljax.runs import ConfigMismatch, JsonLines, RunFolderError, check_space, flatten, open_run, versions
+from tests.stand_in_bucket import played_bucket
 
 pytestmark = pytest.mark.fast
 
@@ -187,27 +186,10 @@ def test_a_full_disk_is_said_in_one_sentence(tmp_path):
     lines.close()
 
 
-class Bucket(MemoryFileSystem):
-    """An object store: whole objects only, nothing is appended. The real one needs gcsfs and credentials."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}  # noqa: RUF012
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).removeprefix("gs:/").removeprefix("/"))
-
-    def _open(self, path, mode="rb", **kwargs):
-        assert "a" not in mode and "+" not in mode
-        return super()._open(path, mode, **kwargs)
-
-
 @pytest.fixture
 def bucket():
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    yield "gs://bucket"
-    Bucket.store.clear()
+    with played_bucket():
+        yield "gs://bucket"
 
 
 def test_an_object_store_holds_runs_too(bucket):

@@ -48,7 +48,7 @@ class Places(NamedTuple):
 def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: int, unit: int = 1) -> Packing:
     """The packing of a batch whose micro-batches have one row a bin at worst; ``bin_length`` 0 is the rows' width.
 
-    Raises ValueError where the longest row does not fit, or where micro-batches would not be equal.
+    Raises ValueError where the longest row does not fit, or where micro-batches would not be equal or cut a unit.
     """
     rows, width = batch["tokens"].shape
     if rows % (micro_batches * layout.data_shards):
@@ -57,7 +57,13 @@ def make_packing(batch: Batch, layout: Layout, micro_batches: int, bin_length: i
         )
     if bin_length and bin_length < width:
         raise ValueError(f"batch.row_length is {bin_length} and rows have up to {width} tokens; raise it or leave it 0")
-    return Packing(micro_batches, rows // (micro_batches * layout.data_shards), bin_length or width, unit)
+    bins = rows // (micro_batches * layout.data_shards)
+    if bins % unit:
+        raise ValueError(
+            f"micro-batches have {bins} rows on each of {layout.data_shards} data shards, which are not whole units of "
+            f"{unit}; change batch.micro_batch_rows"
+        )
+    return Packing(micro_batches, bins, bin_length or width, unit)
 
 
 def place_rows(packing: Packing, lengths: Int[Array, " n"]) -> Places:

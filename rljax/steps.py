@@ -212,8 +212,7 @@ def _accumulate(
     if u.plan.micro_batches == 1:
         gradients, (sums, peaks) = gradient(params, jax.tree.map(lambda x: x[0], cut_rows(minibatch, 1, u.layout)))
         return gradients, sums, peaks
-    bins = minibatch["tokens"].shape[0] // (u.plan.micro_batches * u.layout.data_shards)
-    if u.plan.bin_length is not None and bins % unit == 0:
+    if u.plan.bin_length is not None:
         packing = make_packing(minibatch, u.layout, u.plan.micro_batches, u.plan.bin_length, unit)
         places = pack(packing, u.layout, minibatch["valid"])
         take = partial(take_packed, packing, u.layout, minibatch, places)

@@ -50,6 +50,14 @@ def test_refill_gives_what_the_fixed_batch_gives(fixed: Any, group: int, mesh: s
     same(rollout(RefillPlan(group=group, slots=5), group, mesh, model), other)
 
 
+def test_half_a_ring_of_whole_numbers_gives_what_the_fixed_batch_gives(
+    fixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys, values and their scales move to the whole ring together, on each of two data shards."""
+    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    same(rollout(RefillPlan(group=4, slots=5), 4, "1,2,1"), fixed)
+
+
 def test_log_probs_are_near_those_of_the_trained_policy(fixed: Any) -> None:
     forward = tiny_forward(MODEL, layout())
     scored = make_score(forward, WIDTH, pieces=1)(

@@ -140,3 +140,12 @@ def test_unequal_micro_batches_are_refused() -> None:
     batch = random_batch(np.random.default_rng(0), 61, [(4, 12)] * 10, P, C)
     with pytest.raises(ValueError, match=r"10 rows do not divide into 4 micro-batches over 1 data shards"):
         make_packing(batch, layout(), micro_batches=4, bin_length=0)
+
+
+def test_micro_batches_that_cut_a_unit_are_refused() -> None:
+    """Eight micro-batches of one row, or four of one row on each of two shards: a pair's answers would part."""
+    batch = random_batch(np.random.default_rng(0), 61, [(4, 12)] * 8, P, C)
+    for mesh, micro_batches in (("1,1,1", 8), ("1,2,1", 4)):
+        with pytest.raises(ValueError, match=r"1 rows on each of \d data shards, which are not whole units of 2"):
+            make_packing(batch, layout(mesh), micro_batches, bin_length=0, unit=2)
+    assert make_packing(batch, layout("1,2,1"), 2, bin_length=0, unit=2).bins == 2

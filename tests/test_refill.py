@@ -99,6 +99,30 @@ def test_a_ring_that_begins_with_half_its_columns(
     assert grows.count("stablehlo.while") > whole.count("stablehlo.while")
 
 
+@pytest.mark.parametrize(
+    ("mesh", "plan"),
+    [
+        ("1,4,1", RefillPlan(group=4, slots=3, uniform_steps=True, prefill_chunk=2)),
+        pytest.param("1,2,1", RefillPlan(group=4, slots=16, loops=2), marks=pytest.mark.slow),
+        pytest.param("1,4,1", RefillPlan(group=1, slots=3, prefill_chunk=3), marks=pytest.mark.slow),
+        pytest.param("1,2,1", RefillPlan(group=4, slots=16, uniform_steps=True), marks=pytest.mark.slow),
+    ],
+)
+def test_half_a_ring_over_data_shards_under_a_window(
+    mesh: str, plan: RefillPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a fixed batch on one device, in float64: a window of 3 ends inside the first four columns, and shards
+    leave them in step or each by itself.
+    """
+    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    with jax.enable_x64(True):
+        model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=3, initializer_range=0.1)
+        settings: dict[str, Any] = {"dtype": jnp.float64, "model": model}
+        mine = rollout(plan, requests(plan.group, (2,)), mesh, **settings)
+        same(mine, rollout(None, requests(plan.group, (2,)), **settings), atol=1e-12)
+    assert not plan.uniform_steps or len(set(mine.decode_steps.tolist())) == 1
+
+
 @pytest.mark.parametrize(("group", "slots", "chunk"), [(4, 5, 2), pytest.param(1, 3, 3, marks=pytest.mark.slow)])
 def test_prompts_may_be_prefilled_in_chunks(group: int, slots: int, chunk: int) -> None:
     """The same to 1e-12 in float64, under a window that ends inside a chunk, with prompts of no tokens among them."""

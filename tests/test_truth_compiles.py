@@ -14,6 +14,7 @@ from rljax.collect import collect
 from rljax.compiles import CompileCounter, RecompileError, named
 from rljax.config import make_config
 from rljax.data.batches import DataPosition
+from rljax.packing import Packing, place_rows
 from rljax.run import open_training
 from rljax.session import open_session
 from rljax.stage_steps import online_step
@@ -112,24 +113,30 @@ def test_a_closed_counter_counts_no_more() -> None:
 
 @pytest.fixture(scope="module")
 def stage() -> tuple[Stage, TrainState]:
-    session = tiny_session(**{"optim.learning_rate": 0.03, "batch.epochs": 2})
+    session = tiny_session(**{"optim.learning_rate": 0.03, "batch.epochs": 2, "batch.micro_batch_rows": 4})
     stage = main_stage(session, digit_share)
     return stage, stage.start({"policy": session.base_params()})
 
 
 def test_a_run_compiles_nothing_after_its_first_step(counter: CompileCounter, stage: tuple[Stage, TrainState]) -> None:
-    """Three steps of GRPO, two epochs of two minibatches each; and in every one of them the ratio starts at 1."""
+    """Three steps of GRPO, two epochs of two minibatches each, whose rows are packed by lengths that change.
+
+    In every one of them the ratio starts at 1.
+    """
     online, state = stage
+    places = jax.jit(lambda valid: place_rows(Packing(2, 4, valid.shape[1]), jnp.sum(valid, axis=1)))
+    packed = set()
     position, counts = DataPosition(), []
     for step in range(3):
         before = counter.count
-        state, position, metrics, _ = online_step(online, state, position, step)
+        state, position, metrics, done = online_step(online, state, position, step)
         counter.check("online", counter.count - before)
         counts.append(counter.count - before)
+        packed.add(tuple(places(done.host.valid[:8]).start.tolist()))  # as a minibatch of these rows would be
         assert abs(np.expm1(metrics["train/first_max_log_ratio"])) <= 1e-5
         assert metrics["train/max_log_ratio"] > 1e-3
         assert metrics["train/optimizer_steps"] == 4 * (step + 1)
-    assert counts[0] > 0 and counts[1:] == [0, 0]
+    assert counts[0] > 0 and counts[1:] == [0, 0] and len(packed) == 3
     # A rollout of another shape in a step of the same name is what the count is there for.
     wider = dataclasses.replace(online.config.rollout, group_size=4)
     online.config = dataclasses.replace(online.config, rollout=wider)

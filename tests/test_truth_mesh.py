@@ -8,16 +8,22 @@ import pytest
 
 from rljax.compiles import CompileCounter
 from rljax.data.batches import DataPosition
+from rljax.packing import make_packing
 from rljax.sharding import gather
 from rljax.stage_steps import online_step
 from tests.truths import KEEP_GRADIENT, digit_share, main_stage, relative_error, tiny_session
 
 # Training mesh, decode mesh and pieces of a rollout; 4 query heads on 2 kv heads, which tensor 4 has to repeat.
-MESHES = [
-    ("1,8,1", "4,1,2", 1),
-    ("1,2,4", "", 2),
-    pytest.param("1,8,1", "", 1, marks=pytest.mark.slow),
-    pytest.param("2,4,1", "", 1, marks=pytest.mark.slow),
+MESHES = [("1,8,1", "4,1,2", 1), ("1,2,4", "", 2)]
+ALONE: dict[str, Any] = {}  # all 8 rows of a minibatch at once, unpacked
+PACKED: dict[str, Any] = {"batch.micro_batch_rows": 4}
+CASES = [
+    *((*case, ALONE) for case in MESHES),
+    ("1,2,2", "", 1, PACKED),
+    pytest.param("1,8,1", "", 1, ALONE, marks=pytest.mark.slow),
+    pytest.param("2,4,1", "", 1, ALONE, marks=pytest.mark.slow),
+    pytest.param("1,1,1", "", 1, PACKED, marks=pytest.mark.slow),
+    pytest.param("2,2,1", "4,1,1", 2, PACKED, marks=pytest.mark.slow),
 ]
 STEPS = 3
 SETTINGS: dict[str, Any] = {"optim.learning_rate": 0.03, "algo.kl_coef": 0.1, "rollout.max_new_tokens": 6}
@@ -30,8 +36,8 @@ class Trace(NamedTuple):
     compiles: list[int]
 
 
-def run(mesh: str, decode_mesh: str, steps: int, dtype: str, pieces: int = 1) -> Trace:
-    settings = {**SETTINGS, "rollout.pieces": pieces}
+def run(mesh: str, decode_mesh: str, steps: int, dtype: str, pieces: int = 1, **batch: Any) -> Trace:
+    settings = {**SETTINGS, "rollout.pieces": pieces, **batch}
     session = tiny_session(mesh, decode_mesh=decode_mesh, compute_dtype=dtype, **settings)
     stage = main_stage(session, digit_share)
     state, position, trace = stage.start({"policy": session.base_params()}), DataPosition(), Trace([], [], [], [])
@@ -53,10 +59,21 @@ def alone() -> Trace:
         return run("1,1,1", "", STEPS, "float64")
 
 
-@pytest.mark.parametrize(("mesh", "decode_mesh", "pieces"), MESHES)
-def test_three_steps_in_float64(alone: Trace, mesh: str, decode_mesh: str, pieces: int) -> None:
+@pytest.mark.parametrize(("mesh", "decode_mesh", "pieces", "batch"), CASES)
+def test_three_steps_in_float64(
+    alone: Trace, mesh: str, decode_mesh: str, pieces: int, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of rows that each data shard packs by itself are those of one device, which packs nothing."""
+    packed = []
+
+    def packing(*arguments: Any) -> Any:
+        packed.append(arguments)
+        return make_packing(*arguments)
+
+    monkeypatch.setattr("rljax.steps.make_packing", packing)
     with jax.enable_x64(True):
-        trace = run(mesh, decode_mesh, STEPS, "float64", pieces)
+        trace = run(mesh, decode_mesh, STEPS, "float64", pieces, **batch)
+    assert bool(packed) == bool(batch)
     for step in range(STEPS):
         np.testing.assert_array_equal(trace.tokens[step], alone.tokens[step])
         np.testing.assert_allclose(trace.logprobs[step], alone.logprobs[step], rtol=0, atol=1e-9)

@@ -20,6 +20,7 @@ class RefillPlan:
     loops: int = 2  # each further one has a quarter of the slots, for the last answers
     prefill_chunk: int = 0  # columns of a prompt that are prefilled between two steps; 0: all
     uniform_steps: bool = False  # all data shards take the same number of steps: one scalar is exchanged at each
+    ring_attention: str = "xla"  # or pallas: models/ring_kernel.py
 
     def entries(self, groups: int) -> int:
         """Prompts at hand at once, of ``groups`` in all.
@@ -48,6 +49,7 @@ def plan_refill(
     loops: int = 2,
     prefill_chunk: int = 0,
     uniform_steps: str = "auto",
+    ring_attention: str = "xla",
 ) -> RefillPlan | None:
     """For ``rows`` requests over all data shards; None for the plain path (``slots`` 0). -1 and auto go by the device.
 
@@ -65,4 +67,5 @@ def plan_refill(
         loops=1 if layout.on_tpu else loops,
         prefill_chunk=prefill_chunk,
         uniform_steps=uniform,
+        ring_attention=ring_attention,
     )

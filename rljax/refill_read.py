@@ -1,13 +1,16 @@
 """What a decode step of the refill loop reads: every slot's token against its prompt and its columns of the ring."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rljax.models.decoder import forward, row_positions
+from rljax.models.ring_kernel import ring_attend
 from rljax.models.segments import Memory, Places, one_product, two_segment_attend
-from rljax.refill_state import Loop, Refill
+from rljax.refill_state import Loop, Refill, Slots
 
 
 def read_tokens(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -> tuple[Float[Array, "s d"], Any]:
@@ -30,7 +33,8 @@ def read_tokens(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -
     if c.sliding_window is not None:
         in_ring &= back < c.sliding_window
         in_prompt &= distance < c.sliding_window
-    attend = two_segment_attend(cursor, in_prompt, in_ring, r.layout, c.attention_scale, places)
+    kernel = _ring_kernel(r, slots, cursor) if r.plan.ring_attention == "pallas" else None
+    attend = two_segment_attend(cursor, in_prompt, in_ring, r.layout, c.attention_scale, places, kernel)
     memory: Any = Memory(slots.cache, entries.cache)
     if r.layout.on_cpu:
         memory = [Memory(*pair) for pair in zip(slots.cache, entries.cache, strict=True)]
@@ -38,6 +42,14 @@ def read_tokens(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -
         r.model, r.layout, r.params, token[:, None], position[:, None], attend, memory, dtype=r.dtype
     )
     return hidden[:, 0], [layer.ring for layer in memory] if r.layout.on_cpu else memory.ring
+
+
+def _ring_kernel(r: Refill, slots: Slots, cursor: Array) -> Callable[..., Any]:
+    """Interpreted where there is no TPU, as tests do."""
+    window = r.model.config.sliding_window or r.budget
+    ages = jnp.where(slots.running, jnp.minimum(slots.age, window - 1), -1)
+    scale = r.model.config.attention_scale
+    return partial(ring_attend, cursor=cursor, ages=ages, scale=scale, interpret=not r.layout.on_tpu)
 
 
 def _places(r: Refill, s: Loop) -> Places:

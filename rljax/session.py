@@ -18,6 +18,7 @@ from rljax.forward import Forward
 from rljax.models import FAMILIES, ModelFolderError
 from rljax.models.decoder import Model, Params, check_tensor_degree
 from rljax.models.hf_import import find_params, load_config, load_params
+from rljax.models.kernels import LANES
 from rljax.models.params import abstract_params, init_params, init_scalar_head, param_shardings
 from rljax.peers import join_peers
 from rljax.refill_plan import RefillPlan, plan_refill
@@ -123,6 +124,7 @@ class Session:
             loops=r.shrink_stages,
             prefill_chunk=r.prefill_chunk,
             uniform_steps=r.uniform_steps,
+            ring_attention=r.ring_attention,
         )
 
     def check_weights(self) -> None:
@@ -168,6 +170,7 @@ def open_session(config: Config, devices: Sequence[jax.Device] | None = None) ->
         _check_rows(config.stage(name), train, decode, config.key_of(name))
         _check_length(config.stage(name), model, config.key_of(name))
         _check_offload(config.stage(name), train, config.key_of(name))
+        _check_ring(config.stage(name), decode, config.key_of(name))
     folder = epath.Path(config.output_dir or f"runs/{config.name}")
     return Session(config, model.padded_for(train.tensor, decode.tensor), tokenizer, train, decode, folder)
 
@@ -223,6 +226,18 @@ def _check_offload(stage: StageConfig, layout: Layout, where: str) -> None:
     for key in ("offload_optimizer", "offload_reference"):
         if vars(stage)[key] and layout.on_cpu:
             raise ConfigError(f"{where}.{key} saves nothing where there is no accelerator; switch it off")
+
+
+def _check_ring(stage: StageConfig, layout: Layout, where: str) -> None:
+    """What the kernel over the ring can read."""
+    r = stage.rollout
+    if r.ring_attention == "pallas" and not (
+        layout.on_tpu and r.slots and r.cache_dtype == "compute" and r.max_new_tokens % LANES == 0
+    ):
+        raise ConfigError(
+            f"{where}.rollout.ring_attention is 'pallas', which needs a TPU, slots that refill, cache_dtype "
+            f"compute and max_new_tokens a multiple of {LANES}; set xla"
+        )
 
 
 def _check_length(stage: StageConfig, model: Model, where: str) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rljax.config import ConfigError, make_config
 from rljax.decoding import Sampling
 from rljax.models.decoder import Model
 from rljax.models.params import init_params
@@ -15,9 +16,11 @@ from rljax.models.segments import _by_entry as segments_by_entry
 from rljax.models.segments import one_product
 from rljax.refill_plan import CPU_SLOTS, RefillPlan, plan_refill
 from rljax.sampler import Generate, make_generate
+from rljax.session import open_session
 from rljax.sharding import DECODE_RULES, Layout
 from rljax.types import FINISH_LENGTH, Prompts, Rollout
 from tests.models.tiny import layout, tiny_model
+from tests.tiny import tiny_config
 from tests.truths import make_prompts
 
 WIDTH, BUDGET, PROMPTS = 6, 9, 8
@@ -247,6 +250,21 @@ def test_the_form_of_a_step_goes_by_its_scores() -> None:
     assert not one_product(256, 4, 65, 1024)
 
 
+@pytest.mark.parametrize(("slots", "mesh"), [(5, "1,1,1"), (4, "1,2,2")])
+def test_the_kernel_over_the_ring(monkeypatch: pytest.MonkeyPatch, slots: int, mesh: str) -> None:
+    """Interpreted, three blocks of the ring, each slot at an age of its own: what the fixed batch gives."""
+    monkeypatch.setattr("rljax.models.ring_kernel.BLOCKS", (3,))
+    plan = RefillPlan(group=4, slots=slots, ring_attention="pallas")
+    same(rollout(plan, requests(4), mesh, MODEL.padded_for(2)), plain(4))
+
+
+def test_the_kernel_over_the_ring_under_a_window_with_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rljax.models.ring_kernel.BLOCKS", (3,))
+    model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=4, initializer_range=0.1)
+    plan = RefillPlan(group=4, slots=6, ring_attention="pallas")
+    same(rollout(plan, requests(4), model=model), rollout(None, requests(4), model=model))
+
+
 def test_memory_does_not_depend_on_the_number_of_requests() -> None:
     """Twice the prompts: the rows that come back are larger, what the program needs beside them is not."""
     model = tiny_model("llama", num_hidden_layers=2)
@@ -275,3 +293,8 @@ def test_the_plan_of_a_device() -> None:
     assert plan_refill(place, 64, 4, slots=5, loops=1, prefill_chunk=8, uniform_steps="always") == RefillPlan(
         group=4, slots=5, loops=1, prefill_chunk=8, uniform_steps=True
     )
+
+
+def test_the_kernel_over_the_ring_is_refused_where_it_cannot_run() -> None:
+    with pytest.raises(ConfigError, match="which needs a TPU, slots that refill, cache_dtype"):
+        open_session(make_config(tiny_config(**{"rollout.ring_attention": "pallas"})))

@@ -134,6 +134,7 @@ class RolloutConfig:
     shrink_stages: Positive = 2  # decode loops, each with a quarter of the slots of the one before; always 1 on TPU
     prefill_chunk: Count = 0  # prompt tokens processed between two decode steps; 0: the whole prompt
     uniform_steps: Literal["auto", "always", "never"] = "auto"  # equal decode steps on all data shards; auto: on TPU
+    ring_attention: Literal["xla", "pallas"] = "xla"  # over completions in decoding; pallas: a TPU kernel, never timed
     weights_dtype: Literal["compute", "int8"] = "compute"  # of layer weights in rollouts; int8 needs algo.correction
     cache_dtype: Literal["compute", "int8"] = "compute"  # of the KV cache in rollouts; int8 needs algo.correction
     lag: Count = 0  # sample with the policy of this many rollouts ago, to simulate asynchronous training

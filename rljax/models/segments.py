@@ -1,5 +1,6 @@
 """Decode-step attention over two segments: shared prompts, and each slot's own columns of a ring."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +37,19 @@ def one_product(slots: int, heads: int, entries: int, columns: int) -> bool:
 
 
 def two_segment_attend(
-    cursor: Array, in_prompt: Array, in_ring: Array, layout: Layout, scale: float, places: Places | None = None
+    cursor: Array,
+    in_prompt: Array,
+    in_ring: Array,
+    layout: Layout,
+    scale: float,
+    places: Places | None = None,
+    ring_kernel: Callable[[Array, Cache, Any], "Part"] | None = None,
 ) -> Attend:
     """A step's keys and values into the ring, then attention over prompt and ring, merged exactly.
 
     ``in_ring`` is [S, C]. ``in_prompt`` is [S, P], a slot's own entry; where entries are shared it comes with
     ``places``, or is [S, Q, P]: then all slots meet all entries in one product and the mask picks theirs.
+    ``ring_kernel`` (q, ring, layer) takes the ring's part, without ``in_ring``.
     """
 
     def attend(q: Array, k: Array, v: Array, memory: Memory, layer: Array) -> tuple[Array, Memory]:
@@ -52,8 +60,11 @@ def two_segment_attend(
         q_dtype, q = q.dtype, q.reshape(slots, k.shape[1], -1, width)
         if not isinstance(ring.k, Quantized):
             q = q.astype(ring.k.dtype)
-        mine, visible = read_layer(ring, layer), in_ring[:, None, None]
-        own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, mine.k, mine.v, visible, scale)
+        if ring_kernel is None:
+            mine, visible = read_layer(ring, layer), in_ring[:, None, None]
+            own = _part("skgh,skch->skgc", "skgc,skch->skgh", q, mine.k, mine.v, visible, scale)
+        else:
+            own = ring_kernel(q, ring, layer)
         prompt = _prompt_part(q, read_layer(memory.prompts, layer), in_prompt, places, scale)
         return _merged((own, prompt)).astype(q_dtype).reshape(slots, 1, heads, width), Memory(ring, memory.prompts)
 

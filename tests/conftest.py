@@ -35,17 +35,17 @@ def pytest_configure(config: pytest.Config) -> None:
 # Seconds of tests that ``make test`` may take, by folder or by the beginning of a file's name: 20 minutes of two cores.
 BUDGET_S = {
     "algos": 50,
-    "configs": 250,
+    "configs": 200,
     "data": 50,
     "losses": 100,
     "models": 300,
     "rewards": 50,
-    "test_notebooks": 300,
-    "test_resume": 300,
-    "test_processes": 200,
-    "test_tpu": 300,
-    "test_truth": 200,
-    "test": 300,
+    "test_notebooks": 250,
+    "test_processes": 150,
+    "test_resume": 200,
+    "test_tpu": 200,
+    "test_truth": 250,
+    "test": 600,
 }
 
 

@@ -23,7 +23,7 @@ class Evaluator:
 
     session: Session
     source: PromptSource
-    runner: RewardRunner
+    runner: RewardRunner | None  # None: a reward model alone judges
     split: str
 
     def __post_init__(self) -> None:
@@ -54,7 +54,8 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[Completions]]:
         """Metrics of the split, and the completions behind them. Every process gets the same numbers.
 
-        ``ranker`` is a reward model (of weight 0, so that no score depends on it) that picks among a prompt's samples.
+        ``ranker`` is a reward model that picks among a prompt's samples: of weight 0, so that no score depends on it,
+        where rewards judge.
         """
         settings = self.session.config.eval
         samples = settings.completions

@@ -137,7 +137,8 @@ class Run:
             metrics |= self.best_of_n[split].run(trees["reward_model"])
         if split in self.preference_evaluators and self.preference_evaluators[split].tree in trees:
             metrics |= self.preference_evaluators[split].run(trees)
-        if split in self.evaluators and "policy" in trees and "reward_model" not in trees:
+        is_judged = self.runner is not None or ranker is not None
+        if split in self.evaluators and is_judged and "policy" in trees and "reward_model" not in trees:
             found, batches = self.evaluators[split].run(trees["policy"], self.progress.step, ranker)
             metrics |= found
             report_failures(self.writer, self.progress.step, batches)

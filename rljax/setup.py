@@ -172,7 +172,7 @@ def make_comparisons(session: Session) -> dict[str, Any]:
     """
     config = session.config
     is_text = config.algorithm().rows == "text"  # or what it samples
-    if "main" not in config.recipe or (is_text and config.reward.names):
+    if "main" not in config.recipe or (is_text and (config.reward.names or config.reward_model_from)):
         return {}
     found = {split: split_rows(config.data, split) for split in ("dev", "test")}
     sources = {}
@@ -215,10 +215,11 @@ def make_runner(config: Config) -> RewardRunner | None:
 
 
 def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, Evaluator]:
-    """One for each held-out split that the main job has."""
-    if runner is None:
+    """One for each held-out split that the main job has, where rewards or a reward model judge completions."""
+    config = session.config
+    if runner is None and not (config.is_online and config.reward_model_from):
         return {}
-    data = session.config.data
+    data = config.data
     found = {split: split_rows(data, split) for split in ("dev", "test")}
     evaluators = {}
     for split, rows in found.items():

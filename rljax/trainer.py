@@ -13,6 +13,7 @@ from rljax.evaluate import report_failures, sample_records
 from rljax.limits import limited, passed_limit
 from rljax.models.decoder import Params
 from rljax.offline import center_rewards, load_reference_caches, open_comparisons
+from rljax.rollouts import ModelReward
 from rljax.run import Run, total_steps
 from rljax.samples import SampleWriter, open_source
 from rljax.stage_models import frozen_sources
@@ -67,9 +68,11 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         trees = _starting_trees(run, stage, origin)
         _freeze_models(run, stage, origin, trees.get("policy"))
         open_comparisons(run, stage, origin, trees.get("policy"))
-        if progress.step == 0 and (config.steps > 0 or name == run.config.recipe[-1]):
-            run.evaluate("test", trees)
-            run.evaluate("dev", trees)
+        ranker = _ranker(run, stage) if run.runner is None else None  # where rewards judge, there is no need of it yet
+        is_first = progress.step == 0 or ranker is not None
+        if is_first and (config.steps > 0 or name == run.config.recipe[-1]):
+            run.evaluate("test", trees, ranker)
+            run.evaluate("dev", trees, ranker)
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
@@ -97,8 +100,7 @@ def _evaluate_and_save(
 ) -> None:
     """What is due after a step. The ``last`` of a stage is evaluated and kept; so is the best so far on dev."""
     progress, every, score = run.progress, run.config.eval.every_steps, None
-    ranker = model_reward(stage)
-    ranker = ranker and ranker._replace(weight=0.0)
+    ranker = _ranker(run, stage)
     evaluates = last or (every > 0 and progress.step % every == 0)
     if evaluates:
         score = run.evaluate("dev", state.params, ranker)
@@ -114,6 +116,12 @@ def _evaluate_and_save(
         samples.flush()
     if saves:
         run.checkpoints.save(progress.step, saved(stage, state), progress.to_json(), score=score, force=force)
+
+
+def _ranker(run: Run, stage: Stage) -> ModelReward | None:
+    """The stage's reward model in evaluations: it judges where nothing else does, and picks among samples."""
+    found = model_reward(stage)
+    return found._replace(weight=0.0) if found is not None and run.runner is not None else found
 
 
 def _one_step(run: Run, stage: Stage, state: TrainState, samples: SampleWriter) -> TrainState:

@@ -8,13 +8,12 @@ import pytest
 
 from benchmarks import learning_table
 
-pytestmark = pytest.mark.fast
-
 
 def found(*correct: int) -> dict[str, Any]:
     return {"correct": list(correct), "last": {}, "drift": {}}
 
 
+@pytest.mark.fast
 def test_a_seed_is_run_once_and_again_for_methods_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
@@ -29,6 +28,7 @@ def test_a_seed_is_run_once_and_again_for_methods_it_lacks(tmp_path: Path, monke
     assert ran == [(0, ["grpo"]), (0, ["grpo", "dpo"])]
 
 
+@pytest.mark.fast
 def test_a_verdict_is_that_of_the_paired_difference() -> None:
     start, better = found(*[0, 1] * 100), found(*[1] * 200)
     text, surprises = learning_table.table({0: {"start": start, "grpo": better, "permuted rewards": better}})
@@ -37,9 +37,14 @@ def test_a_verdict_is_that_of_the_paired_difference() -> None:
     assert surprises == ["permuted rewards: rises"]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_what_is_kept_has_every_method(seed: int) -> None:
+def test_in_what_is_kept_every_method_rises_and_no_control_does() -> None:
     folder = Path(learning_table.__file__).parent / "results" / "learning_table"
-    kept = json.loads((folder / f"seed-{seed}.json").read_text())
-    assert set(kept) == {"start", *learning_table.METHODS}
-    assert {len(result["correct"]) for result in kept.values()} == {512}
+    names = list(learning_table.METHODS)
+    for seed in range(3):
+        results = json.loads((folder / f"seed-{seed}.json").read_text())
+        assert set(results) == {"start", *names}
+        assert {len(result["correct"]) for result in results.values()} == {512}
+    kept = {seed: learning_table.results_of_seed(seed, names, folder) for seed in range(3)}
+    text, surprises = learning_table.table(kept)
+    assert surprises == [] and text.count("| rises |") == len(learning_table.METHODS) - 3
+    assert text in (folder.parents[2] / "LOG.md").read_text()

@@ -130,7 +130,7 @@ def _decode_scores(stage: Stage, slots: int, entries: int, group: int, columns: 
     queries = c.num_heads // max(c.num_kv_heads, layout.tensor)
     meetings = slots
     if group > 1:
-        meetings = entries * (slots if one_product(slots, queries, entries, prompt) else group)
+        meetings = entries * (slots if one_product(layout, slots, queries, entries, prompt) else group)
     return c.num_heads // layout.tensor * (slots * columns + meetings * prompt)
 
 

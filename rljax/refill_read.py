@@ -24,7 +24,7 @@ def read_tokens(r: Refill, s: Loop, token: Array, cursor: Array, columns: int) -
     places = None
     if r.plan.group == 1:
         in_prompt, distance = entries.valid, position[:, None] - positions
-    elif one_product(slots.age.shape[0], queries, *entries.valid.shape):
+    elif one_product(r.layout, slots.age.shape[0], queries, *entries.valid.shape):
         mine = slots.entry[:, None] == jnp.arange(entries.open.shape[0])
         in_prompt, distance = mine[:, :, None] & entries.valid, position[:, None, None] - positions
     else:

@@ -5,7 +5,6 @@ python -m tests.compile_for_tpu v5e:4x4 qwen3-0.6b qwen3-8b
 
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.experimental import mesh_utils
 from jax.experimental.topologies import get_topology_desc
@@ -24,10 +22,28 @@ from rljax.data.tokenizer import character_tokenizer
 from rljax.models import FAMILIES
 from rljax.models.decoder import Model
 from rljax.session import Session
-from rljax.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, Layout, in_host_memory, parse_mesh, refactor_mesh
+from rljax.sharding import (
+    DECODE_RULES,
+    MESH_AXES,
+    TRAIN_RULES,
+    VOCAB_BLOCK,
+    Layout,
+    in_host_memory,
+    parse_mesh,
+    refactor_mesh,
+)
 from rljax.stage_state import abstract_saved
 from rljax.stages import Stage, build_stage
 from rljax.types import Experience, Prompts
+from tests.compiled_text import (
+    SHAPE,
+    largest_buffers,
+    loop_collectives,
+    moved_in_loops,
+    sampling_bytes,
+    spans_shards,
+    written_in_loops,
+)
 
 # The config.json of Qwen3-0.6B and -8B, as far as they differ, and what they share.
 MODELS = {
@@ -38,18 +54,16 @@ SHARED = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8,
 SHARED |= {"rope_theta": 1e6, "max_position_embeddings": 40960, "initializer_range": 0.02, "attention_bias": False}
 PROGRAMS = ("rollout", "score", "update")
 OFFLOADED = "qwen3-0.6b"  # compiled once more with moments and reference in the hosts' memory
+RING_KERNEL = ("v5e:4x4", "qwen3-8b")  # whose rollout is compiled once more with its kernel
 PROMPT, COMPLETION, PROMPTS, GROUP, CHUNK = 256, 512, 32, 8, 256
-# Training and decode mesh of each pair: decode cuts the devices so that weights, cache and training state fit.
+# v5e-16 and v5p-32: 16 chips each, as the name of the latter counts the two cores of a chip. Training and decode mesh:
+# decode cuts the devices so that weights, cache and training state fit.
 MESHES = {
     ("v5e:4x4", "qwen3-0.6b"): ("1,16,1", "1,16,1"),
     ("v5e:4x4", "qwen3-8b"): ("1,4,4", "1,4,4"),
-    ("v5p:2x4x4", "qwen3-0.6b"): ("1,32,1", "1,32,1"),
-    ("v5p:2x4x4", "qwen3-8b"): ("1,32,1", "1,32,1"),
+    ("v5p:2x2x4", "qwen3-0.6b"): ("1,16,1", "1,16,1"),
+    ("v5p:2x2x4", "qwen3-8b"): ("1,16,1", "1,16,1"),
 }
-SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]+)\]")
-ITEMS = {"pred": 1, "bf16": 2}
-CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
-COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 
 
 def train_shards(mesh: str) -> int:
@@ -95,6 +109,13 @@ def offloading(stage: Stage) -> Stage:
     return build_stage(replace(stage.session, config=config), config, 0, None, None)  # type: ignore[arg-type]
 
 
+def with_ring_kernel(stage: Stage) -> Stage:
+    """The same whose rollout attends over the ring in a kernel."""
+    config = stage.session.config
+    config = replace(config, rollout=replace(config.rollout, ring_attention="pallas"))
+    return build_stage(replace(stage.session, config=config), config, 0, None, None)  # type: ignore[arg-type]
+
+
 def compile_programs(stage: Stage, names: tuple[str, ...] = PROGRAMS) -> dict[str, Any]:
     """Rollout, scoring and update, each fed with the shapes that the one before gives."""
     session = stage.session
@@ -132,73 +153,28 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def largest_buffers(text: str, count: int = 4) -> list[str]:
-    """What instructions of a compiled program write, largest first; fused intermediates are no buffers."""
-    sizes: dict[str, int] = {}
-    fused = False
-    for line in text.splitlines():
-        if line.endswith("{"):
-            fused = "fused_computation" in line
-        result = line.partition(" = ")[2]
-        if result and not fused and not result.startswith("("):
-            dtype, dims = SHAPE.match(result).groups() if SHAPE.match(result) else ("pred", "1")
-            item = ITEMS.get(dtype) or int(dtype[1:]) // 8
-            sizes[f"{dtype}[{dims}]"] = item * math.prod(map(int, dims.split(",")))
-    return [f"{name} {size / 2**20:.0f} MiB" for name, size in sorted(sizes.items(), key=lambda s: -s[1])[:count]]
+def logits_buffers(text: str, stage: Stage, layout: Layout, tokens: int) -> list[str]:
+    """Shapes with a vocabulary axis, tables aside, and as many tokens as one row's completion has.
 
-
-def computations(text: str) -> dict[str, list[str]]:
-    """The instructions of every computation of a compiled program."""
-    found: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if line.endswith("{") and " -> " in line:
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found
-
-
-def crossing_collectives(text: str, tensor: int) -> tuple[int, list[str]]:
-    """How many collectives the loops of a program have, and those whose groups span data shards."""
-    found = computations(text)
-    waiting = [name for lines in found.values() for line in lines for name in re.findall(r"body=%?([\w.-]+)", line)]
-    inside: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name not in inside:
-            inside.add(name)
-            waiting += [n for line in found[name] for n in CALLED.findall(line) if n in found]
-    collectives = [line for name in inside for line in found[name] if COLLECTIVE.search(line)]
-    return len(collectives), [line.strip()[:300] for line in collectives if spans_shards(line, tensor)]
-
-
-def spans_shards(line: str, tensor: int) -> bool:
-    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]+\})\}", line):
-        groups = [[int(i) for i in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
-    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        dims = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose([int(n) for n in iota[4].split(",")]) if iota[4] else ids
-        groups = ids.reshape(int(iota[1]), int(iota[2])).tolist()
-    else:
-        listed = re.search(r"replica_groups=\{(.*?)\}\}?,", line)
-        groups = [[int(i) for i in g.split(",")] for g in re.findall(r"[\d,]+", listed[1])] if listed else []
-        if not any(groups):
-            return True  # all devices
-    return any(len({i // tensor for i in group}) > 1 for group in groups)
-
-
-def logits_buffers(text: str, stage: Stage) -> list[str]:
-    """Shapes with a vocabulary axis, tables aside, and as many tokens as one row's completion has."""
-    c, layout = stage.session.model.config, stage.session.train
-    vocab = {c.padded_vocab, c.padded_vocab // layout.tensor}
-    tables = {c.width, c.width // layout.data_shards}
+    ``tokens`` have their logits at once: they are in there.
+    """
+    c = stage.session.model.config
+    tables = {c.width, c.width // stage.session.train.data_shards}
     shapes = {tuple(map(int, dims.split(","))) for _, dims in SHAPE.findall(text)}
-    others = {shape: math.prod(shape) // max(vocab & set(shape)) for shape in shapes if vocab & set(shape)}
-    assert CHUNK in others.values()  # the chunks' logits are in there
+    others = {shape: beside_vocabulary(shape, {c.padded_vocab, c.padded_vocab // layout.tensor}) for shape in shapes}
+    assert tokens in others.values()
     return [str(shape) for shape, size in others.items() if size >= COMPLETION and size not in tables]
+
+
+def beside_vocabulary(shape: tuple[int, ...], vocab: set[int]) -> int:
+    """How many times an array holds the vocabulary, on one axis or in blocks of 128; 0: it does not."""
+    blocks = {size // VOCAB_BLOCK for size in vocab} & set(shape) if VOCAB_BLOCK in shape else set()
+    sizes = vocab & set(shape) | {size * VOCAB_BLOCK for size in blocks}
+    return math.prod(shape) // max(sizes) if sizes else 0
+
+
+def kernels(text: str) -> int:
+    return text.count('custom_call_target="tpu_custom_call"')
 
 
 def bytes_of(compiled: Any) -> int:
@@ -206,6 +182,33 @@ def bytes_of(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return own + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+def rollout_record(stage: Stage, text: str) -> dict[str, Any]:
+    """What the loops of a rollout say to each other and move."""
+    c, layout = stage.session.model.config, stage.session.decode
+    plan = stage.session.refill(stage.config, PROMPTS * GROUP, GROUP)
+    assert plan is not None
+    collectives = loop_collectives(text)
+    crossing = [line.strip()[:300] for line in collectives if spans_shards(line, layout.tensor)]
+    # The one number a step by which data shards keep together (``uniform_steps``) is no traffic.
+    rest = [line for line in crossing if " = s32[]" not in line]
+    heads = max(c.num_kv_heads // layout.tensor, 1)
+    entries = plan.entries(PROMPTS // layout.data_shards)
+    layers = [(plan.slots, heads, COMPLETION, c.head_dim), (entries, heads, PROMPT, c.head_dim)]
+    cache = c.num_layers * min(map(math.prod, layers)) * 2
+    return {
+        "loop_collectives": len(collectives),
+        "crossing": rest,
+        "uniform_steps": len(crossing) - len(rest),
+        "sampling_bytes": sampling_bytes(text, c.width),
+        "masses_bytes": plan.slots * c.padded_vocab // VOCAB_BLOCK * 4,
+        "cache_mib": cache / 2**20,
+        "moved": moved_in_loops(text, cache),
+        # Not of prefill, whose layers are one loop further in: its queries have the shape that a layer of prompts has.
+        "layers_written": [line for line in written_in_loops(text, layers) if line.count("while/body") < 3],
+        "logits": logits_buffers(text, stage, layout, plan.slots),
+    }
 
 
 def main(topology: str, name: str) -> None:
@@ -229,14 +232,17 @@ def main(topology: str, name: str) -> None:
         }
         record |= {"compile_seconds": seconds, "largest": largest_buffers(text)}
         if program == "rollout":
-            count, crossing = crossing_collectives(text, session.decode.tensor)
-            # The one number a step by which data shards keep together (``uniform_steps``) is no traffic.
-            rest = [line for line in crossing if " = s32[]" not in line]
-            record |= {"loop_collectives": count, "crossing": rest, "uniform_steps": len(crossing) - len(rest)}
+            record |= rollout_record(stage, text)
         else:
-            record["logits"] = logits_buffers(text, stage)
-            record["kernels"] = text.count('custom_call_target="tpu_custom_call"')
+            record["logits"] = logits_buffers(text, stage, session.train, CHUNK)
+            record["kernels"] = kernels(text)
         print(json.dumps(record), flush=True)
+    if (topology, name) == RING_KERNEL:
+        compiled, seconds = compile_programs(with_ring_kernel(stage), ("rollout",))["rollout"]
+        record = {"topology": topology, "model": name, "program": "rollout with a kernel"}
+        record |= {"gib": (bytes_of(compiled) + beside["rollout"]) / 2**30, "compile_seconds": seconds}
+        text = compiled.as_text()
+        print(json.dumps(record | rollout_record(stage, text) | {"kernels": kernels(text)}), flush=True)
     if name == OFFLOADED:
         for program, (compiled, seconds) in compile_programs(offloading(stage), ("score", "update")).items():
             host = compiled.memory_analysis().host_argument_size_in_bytes

@@ -1,6 +1,7 @@
 """The fast rollout against the plain one: the same tokens and log-probs, whatever slots, groups, loops and mesh."""
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -245,9 +246,11 @@ def test_entry_by_entry_with_windows_grouped_heads_and_empty_prompts_in_float64(
 
 
 def test_the_form_of_a_step_goes_by_its_scores() -> None:
-    """64 slots in groups of 8 with prompts of 64, 17 entries: one product. Accelerators' 256 slots, 8B: by entry."""
-    assert one_product(64, 1, 17, 64)
-    assert not one_product(256, 4, 65, 1024)
+    """64 slots, 17 entries of 64 columns, a query a kv head: one product on CPUs. By entry if larger, and elsewhere."""
+    accelerator: Any = SimpleNamespace(on_cpu=False)
+    assert one_product(layout(), 64, 1, 17, 64)
+    assert not one_product(layout(), 256, 4, 65, 1024)
+    assert not one_product(accelerator, 64, 1, 17, 64)
 
 
 @pytest.mark.parametrize(("slots", "mesh"), [(5, "1,1,1"), (4, "1,2,2")])

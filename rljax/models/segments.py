@@ -12,8 +12,8 @@ from rljax.models.layers import contract, wide_dtype
 from rljax.models.quantized import Quantized, stored_values, times_row_scales
 from rljax.sharding import Layout
 
-# Of shared prompts all slots meet all entries in one product, while its scores are at most so many a kv head: 1 MiB,
-# which stays in a core's cache. Beyond, the needless ones cost more than a product an entry (docs/design.md).
+# On CPUs, whose products of small matrices are slow, all slots meet all shared prompts in one product while its scores
+# are at most so many a kv head: 1 MiB, which stays in a core's cache. Beyond, the needless ones cost more.
 MOST_SCORES = 2**18
 
 
@@ -31,9 +31,9 @@ class Places(NamedTuple):
     own: Int[Array, " s"]  # a slot's place: entry * G + sample
 
 
-def one_product(slots: int, heads: int, entries: int, columns: int) -> bool:
+def one_product(layout: Layout, slots: int, heads: int, entries: int, columns: int) -> bool:
     """Whether all ``slots`` meet all entries in one product, with ``heads`` queries for each kv head."""
-    return slots * heads * entries * columns <= MOST_SCORES
+    return layout.on_cpu and slots * heads * entries * columns <= MOST_SCORES
 
 
 def two_segment_attend(

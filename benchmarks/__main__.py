@@ -1,6 +1,7 @@
 """``python -m benchmarks`` runs the short ones and prints a table; ``python -m benchmarks FILE`` prints that of a file.
 
-Lines are kept in runs/benchmarks.jsonl. ``python -m benchmarks --gpu`` is for one NVIDIA card; nobody has run it yet.
+Lines are kept in runs/benchmarks.jsonl. ``python -m benchmarks --gpu`` is for one NVIDIA card, its sizes for 80 GiB;
+nobody has run it yet. ``--gpu-peer`` is the same work in PyTorch, by ``benchmarks/torch_on_gpu.py``.
 """
 
 import json
@@ -29,14 +30,32 @@ SHORT = (
 GPU = (
     "roofline --size 1b --dtype bfloat16",
     *(f"sampler --size {size} --dtype bfloat16 --batches 1,64,256" for size in ("0.5b", "1b", "3b", "8b")),
-    *(f"grpo_step --size {size} --dtype bfloat16 --micro 16" for size in ("0.5b", "1b")),
+    *(f"grpo_step --size {size} --dtype bfloat16 --micro 16" for size in ("0.5b", "1b", "3b")),
     *(f"dpo_step --size {size} --dtype bfloat16" for size in ("0.5b", "1b", "3b")),
-    "skewed_lengths --size 1b --dtype bfloat16",
-    "long_prompts --size 1b --dtype bfloat16 --prompts 8 --prompt 2048 --completion 256 --slots 256",
-    "cache_growth --size 1b --dtype bfloat16 --batch 64 --completions 128,512,2048",
+    *(f"skewed_lengths --size {size} --dtype bfloat16" for size in ("1b", "8b")),
+    *(
+        f"long_prompts --size {size} --dtype bfloat16 --prompts 8 --prompt 2048 --completion 256 --slots {slots}"
+        for size, slots in (("1b", 256), ("8b", 64))
+    ),
+    *(
+        f"cache_growth --size {size} --dtype bfloat16 --batch {batch} --completions 128,512,2048"
+        for size, batch in (("1b", 64), ("8b", 32))
+    ),
 )
+GPU_PEER = (
+    *(f"torch_on_gpu --work generate --size {size} --batches 1,64,256" for size in ("0.5b", "1b", "3b", "8b")),
+    *(f"torch_on_gpu --work step --size {size}" for size in ("0.5b", "1b", "3b")),
+)
+GIVEN = {"": SHORT, "--gpu": GPU, "--gpu-peer": GPU_PEER}
 COLUMNS = ("benchmark", "size", "dtype", "batch", "seconds", "tokens_per_second", "roofline_fraction", "other_cores")
-PHASES = ("rollout_seconds", "score_seconds", "update_seconds", "fixed_batch_tokens_per_second", "peak_memory_gib")
+PHASES = (
+    "memory_floor_fraction",
+    "rollout_seconds",
+    "score_seconds",
+    "update_seconds",
+    "fixed_batch_tokens_per_second",
+    "peak_memory_gib",
+)
 
 
 def run(commands: tuple[str, ...], path: Path) -> None:
@@ -63,9 +82,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     given = sys.argv[1:]
-    path = Path(given[0]) if given and given[0] != "--gpu" else Path("runs/benchmarks.jsonl")
-    if not given or given == ["--gpu"]:
-        run(GPU if given else SHORT, path)
+    asked = given[0] if given else ""
+    path = Path("runs/benchmarks.jsonl") if asked in GIVEN else Path(asked)
+    if asked in GIVEN:
+        run(GIVEN[asked], path)
     print(table([json.loads(line) for line in path.read_text().splitlines()]))
 
 

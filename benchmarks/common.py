@@ -99,7 +99,11 @@ def peak_memory_gib() -> float:
 
 
 class Report:
-    """Prints a measurement; counts what was compiled since it was made."""
+    """Prints a measurement; counts what was compiled since it was made.
+
+    Where several programs run in one process, ``compile`` makes the first call of each, and peak memory is left out:
+    it would be that of all of them.
+    """
 
     def __init__(self, benchmark: str, size: str, dtype: str, **fields: Any):
         device = jax.devices()[0]
@@ -108,6 +112,15 @@ class Report:
         self.fields |= {name: version(name) for name in ("rljax", "jax", "jaxlib")}
         self.gflops = matmul_gflops(DTYPES[dtype])
         self.compiled = CompileCounter()
+        self.alone = True
+
+    def compile(self, run: Callable[[], Any]) -> Any:
+        """The first call of one of several programs: what compiles here is its own."""
+        self.compiled.close()
+        self.compiled, self.alone = CompileCounter(), False
+        result = jax.block_until_ready(run())
+        self.compiled.close()
+        return result
 
     def line(self, samples: list[Sample], *, flops: float = 0.0, tokens: float = 0.0, **fields: Any) -> None:
         """``flops`` and ``tokens`` of one run give its share of the ceiling and its speed."""
@@ -117,7 +130,10 @@ class Report:
             result["tokens_per_second"] = tokens / seconds
         if flops:
             result |= {"roofline_fraction": flops / seconds / self.gflops / 1e9, "matmul_gflops": self.gflops}
-        result |= {"compile_seconds": self.compiled.seconds, "peak_memory_gib": peak_memory_gib(), **fields}
+        result["compile_seconds"] = self.compiled.seconds
+        if self.alone:
+            result["peak_memory_gib"] = peak_memory_gib()
+        result |= fields
         print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}), flush=True)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import Report, arguments, check, interleaved
 from benchmarks.sampler import random_prompts
-from benchmarks.workload import endless_session, forward_flops, grpo_config
+from benchmarks.workload import check_rollout, different_rows, endless_session, forward_flops, grpo_config
 from rljax.refill_plan import RefillPlan
 from rljax.sampler import make_generate
 
@@ -29,14 +29,16 @@ def main() -> None:
     prompts = random_prompts(session, rows, a.prompt, a.group)
     fields = {"batch": slots, "requests": rows, "group": a.group, "prompt": a.prompt, "completion": a.completion}
     reports, programs = {}, {}
+    written: dict[str, Any] = {}
     for name, plan in plans.items():
         reports[name] = Report("long_prompts", a.size, a.dtype, layout=name, **fields)
         generate = make_generate(*layouts, dtype=session.dtype, refill=plan)
         programs[name] = partial(generate, params, prompts, jax.random.key(0), jnp.int32(0))
+        written[name] = reports[name].compile(programs[name])
     samples = interleaved(programs, a.repeats)
-    written: dict[str, Any] = {name: run().tokens for name, run in programs.items()}
     for name, each in samples.items():
-        differ = 1 - float(jnp.mean((written[name] == written["fixed"]).all(axis=1).astype(jnp.float32)))
+        short = float((written[name].loss_mask.sum(axis=1) != a.completion).sum())
+        check("completions that are not of full length", short, 0)
         reports[name].line(
             each,
             # Of the work that has to be done: a prompt once for its group.
@@ -44,7 +46,8 @@ def main() -> None:
             + forward_flops(session.model.config, rows, a.prompt + a.completion, a.completion)
             - forward_flops(session.model.config, rows, a.prompt, 0),
             tokens=rows * a.completion,
-            different_rows=check("rows that differ from the plain path", differ, 0.05 if a.dtype == "float32" else 1),
+            different_rows=different_rows(written[name], written["fixed"], a.dtype),
+            largest_gap=check_rollout(session, params, written[name], a.prompt),
         )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.common import Report, Sample, check, median, timed
-from benchmarks.workload import forward_flops
+from benchmarks.workload import LARGEST_GAP, forward_flops
 from rljax.data.batches import DataPosition
 from rljax.models.params import init_params
 from rljax.stage_steps import StepResult, online_step
@@ -11,8 +11,6 @@ from rljax.stages import Stage
 
 PHASES = ("rollout", "reward", "score", "update")
 WARM_STEPS = 2
-# |log ratio| of any token before the first update: the sampler's log-probs against the trainer's.
-LARGEST_GAP = {"float32": 1e-4, "bfloat16": 0.2}
 
 
 def measure_steps(stage: Stage, report: Report, repeats: int, passes: float) -> None:

@@ -82,6 +82,7 @@ def main() -> None:
             return state
 
         programs[name] = run
+        reports[name].compile(run)
     samples = interleaved(programs, a.repeats)
     one, other = (results[name]["first"] for name in programs)
     norms = [float(first["grad_norm/policy"][0]) for first in (one, other)]

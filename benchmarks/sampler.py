@@ -1,22 +1,29 @@
-"""The sampler alone, completions of full length: tokens a second by batch.
+"""The sampler alone, completions of full length: tokens a second by batch, and their share of what memory allows.
 
 python -m benchmarks.sampler --size s --dtype bfloat16 --batches 1,8,64 --path refill|plain
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import Report, arguments, check, interleaved
-from benchmarks.workload import COMPLETION, PROMPT, endless_session, forward_flops, grpo_config
-from rljax.forward import make_score
+from benchmarks.common import Report, arguments, interleaved, median, memory_gib_per_s
+from benchmarks.workload import (
+    COMPLETION,
+    PROMPT,
+    check_rollout,
+    decode_bytes,
+    endless_session,
+    forward_flops,
+    grpo_config,
+)
 from rljax.refill_plan import plan_refill
 from rljax.sampler import make_generate
 from rljax.session import Session
 from rljax.sharding import to_global
 from rljax.types import Prompts
-
-LARGEST_GAP = {"float32": 1e-4, "bfloat16": 0.2}
 
 
 def random_prompts(session: Session, rows: int, length: int, group: int = 1) -> Prompts:
@@ -31,13 +38,14 @@ def random_prompts(session: Session, rows: int, length: int, group: int = 1) -> 
 
 def main() -> None:
     a = arguments(__doc__, batches="1,8,64", group=1, path="refill", prompt=PROMPT, completion=COMPLETION)
+    ceiling = 0.0
     overrides = {"rollout.max_new_tokens": a.completion, "data.prompt_lengths": (a.prompt,)}
     for rows in map(int, a.batches.split(",")):
         group = min(a.group, rows)
         session = endless_session(grpo_config(a.size, a.dtype, **overrides), devices=1 if rows == 1 else None)
         sampling = session.sampling(session.config)
         params = session.base_params()
-        score = make_score(session.forward(sampling), a.prompt, pieces=1)
+        ceiling = ceiling or memory_gib_per_s()  # asked once, when the devices are there
         report = Report("sampler", a.size, a.dtype, batch=rows, prompt=a.prompt, completion=a.completion, group=group)
         plan = plan_refill(session.decode, rows, group) if a.path == "refill" else None
         layouts = (session.model, session.train, session.decode)
@@ -48,21 +56,16 @@ def main() -> None:
             return generate(params, prompts, jax.random.key(0), jnp.int32(0))  # noqa: B023
 
         samples = interleaved({"run": run}, a.repeats)["run"]
-        rollout = run()
-        scored = score(params, {"tokens": rollout.tokens, "valid": rollout.valid})
-        gap = jnp.max(jnp.abs(jnp.where(rollout.loss_mask, scored - rollout.behavior_logprobs, 0)))
+        rollout: Any = run()
+        floor = decode_bytes(session, rows, a.prompt, a.completion, group) / 2**30 / ceiling
         report.line(
             samples,
             flops=forward_flops(session.model.config, rows, a.prompt + a.completion, a.completion),
             tokens=rows * a.completion,
-            weight_reads_gib_per_second=_weight_bytes(session) * a.completion / 2**30 / min(s.seconds for s in samples),
-            largest_gap=check("log-probs of sampler and trainer", float(gap), LARGEST_GAP[a.dtype]),
+            memory_floor_fraction=floor / median(samples),
+            memory_gib_per_second=ceiling,
+            largest_gap=check_rollout(session, params, rollout, a.prompt),
         )
-
-
-def _weight_bytes(session: Session) -> int:
-    """What every decode step has to read."""
-    return sum(leaf.size for leaf in jax.tree.leaves(session.abstract_policy())) * jnp.dtype(session.dtype).itemsize
 
 
 if __name__ == "__main__":

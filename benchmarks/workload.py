@@ -6,15 +6,19 @@ import random
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.common import check
 from rljax.config import default_config, make_config
 from rljax.data.batches import PromptSource
+from rljax.forward import make_score
 from rljax.models.decoder import DecoderConfig
 from rljax.rewards.runner import RewardRunner
 from rljax.session import Session, open_session, start_devices
 from rljax.stages import Stage, build_stage
+from rljax.types import Rollout
 
 # width, layers, heads, kv heads, head width, feed-forward, vocabulary, tied. From 0.5b on: for accelerators.
 SIZES = {
@@ -112,6 +116,47 @@ def online_stage(session: Session, rows: int = 64) -> Stage:
 def log_normal_lengths(rng: np.random.Generator, rows: int, mean: float, longest: int) -> np.ndarray:
     """Tokens of completions as answers have them: log-normal, the logarithm's deviation 1, cut at ``longest``."""
     return np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, rows), 1, longest).astype(np.int32)
+
+
+# |log-prob that the sampler stored - that of scoring the same token|, of any token.
+LARGEST_GAP = {"float32": 1e-4, "bfloat16": 0.2}
+
+
+def check_rollout(session: Session, params: Any, rollout: Rollout, prompt: int) -> float:
+    """The largest gap between the log-probs that a rollout stores and those of scoring its tokens, checked."""
+    pieces = max(len(rollout.tokens) // 64, 1)
+    score = make_score(session.forward(session.sampling(session.config)), prompt, pieces)
+    scored = score(params, {"tokens": rollout.tokens, "valid": rollout.valid})
+    gap = jnp.max(jnp.abs(jnp.where(rollout.loss_mask, scored - rollout.behavior_logprobs, 0)))
+    return check("log-probs of sampler and trainer", float(gap), LARGEST_GAP[session.config.compute_dtype])
+
+
+def different_rows(mine: Rollout, other: Rollout, dtype: str) -> float:
+    """The share of rows whose tokens differ, by the same draws: rounding turns one of them now and then.
+
+    In float32 it is checked. In bfloat16 a row may part from its twin anywhere; what has to hold is that up to there,
+    and so in rows that never do, both store the same log-probs.
+    """
+    equal = np.asarray((mine.tokens == other.tokens).all(axis=1))
+    gaps = np.abs(np.asarray(mine.behavior_logprobs - other.behavior_logprobs))
+    alike = np.asarray(mine.loss_mask & (jnp.cumprod(mine.tokens == other.tokens, axis=1) > 0))
+    check("log-probs of tokens that two paths have in common", float(gaps[alike].max(initial=0)), LARGEST_GAP[dtype])
+    check("first tokens that two paths have in common: none", float(not alike.any()), 0)
+    share = 1 - float(equal.mean())
+    return check("rows that differ from the plain path", share, 0.05) if dtype == "float32" else share
+
+
+def decode_bytes(session: Session, rows: int, prompt: int, completion: int, group: int = 1) -> float:
+    """What writing whole completions has to read: the weights at every step, and the keys and values of each token's
+    past, a prompt's once a group. The prompts' own pass is left out.
+    """
+    c, item = session.model.config, jnp.dtype(session.dtype).itemsize
+    params = session.abstract_policy()
+    read = {name: tree for name, tree in params.items() if name != "embed" or "lm_head" not in params}
+    weights = item * sum(x.size for x in jax.tree.leaves(read))
+    a_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (4 if session.decode.on_cpu else item)
+    past = prompt / group + (completion + 1) / 2
+    return float(completion * (weights + rows * past * a_token))
 
 
 def forward_flops(c: DecoderConfig, rows: int, length: int, head_tokens: int) -> float:

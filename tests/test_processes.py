@@ -108,6 +108,14 @@ def test_held_out_text_is_measured_alike(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_pack_rows_alike(tmp_path):
+    """Two micro-batches a minibatch, packed by the lengths of what each process's shard holds."""
+    packed = {**GRPO_ONLY, "batch.micro_batch_rows": 4}
+    finish_both(tmp_path / "two", **packed)
+    assert left_behind(tmp_path / "two") == one_process(tmp_path / "one", **packed)
+
+
+@pytest.mark.slow
 def test_with_the_tensor_axis_across_processes(tmp_path):
     finish_both(tmp_path / "two", mesh="1,1,2")
     assert left_behind(tmp_path / "two") == one_process(tmp_path / "one", mesh="1,1,2")

@@ -22,7 +22,6 @@ CASES = [
     ("1,2,2", "", 1, PACKED),
     pytest.param("1,8,1", "", 1, ALONE, marks=pytest.mark.slow),
     pytest.param("2,4,1", "", 1, ALONE, marks=pytest.mark.slow),
-    pytest.param("1,1,1", "", 1, PACKED, marks=pytest.mark.slow),
     pytest.param("2,2,1", "4,1,1", 2, PACKED, marks=pytest.mark.slow),
 ]
 STEPS = 3

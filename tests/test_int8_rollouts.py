@@ -54,7 +54,7 @@ def test_half_a_ring_of_whole_numbers_gives_what_the_fixed_batch_gives(
     fixed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys, values and their scales move to the whole ring together, on each of two data shards."""
-    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    monkeypatch.setattr("rljax.refill_plan.SHORTEST_LAP", BUDGET)
     same(rollout(RefillPlan(group=4, slots=5), 4, "1,2,1"), fixed)
 
 

@@ -118,7 +118,7 @@ def test_half_a_ring_over_data_shards_under_a_window(
     """Against a fixed batch on one device, in float64: a window of 3 ends inside the first four columns, and shards
     leave them in step or each by itself.
     """
-    monkeypatch.setattr("rljax.refill.SHORTEST_LAP", BUDGET)
+    monkeypatch.setattr("rljax.refill_plan.SHORTEST_LAP", BUDGET)
     with jax.enable_x64(True):
         model = tiny_model("mistral", vocab_size=9, num_hidden_layers=2, sliding_window=3, initializer_range=0.1)
         settings: dict[str, Any] = {"dtype": jnp.float64, "model": model}

@@ -83,7 +83,7 @@ def ranking() -> ConfigDict:
     config.name = "ranking_reward_model"
     config.select.rule = "ranking"
     config.algo.loss = "plackett_luce"
-    config.algo.answers = 8
+    config.algo.answers = config.select.per_prompt = 8  # a prompt that was drawn twice has more
     config.batch.rows = 16
     return config
 

@@ -34,18 +34,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Seconds of tests that ``make test`` may take, by folder or by the beginning of a file's name: 20 minutes of two cores.
 BUDGET_S = {
-    "algos": 50,
-    "configs": 200,
+    "algos": 120,
+    "configs": 50,
     "data": 50,
-    "losses": 100,
-    "models": 300,
-    "rewards": 50,
+    "losses": 180,
+    "models": 150,
+    "rewards": 30,
     "test_notebooks": 250,
-    "test_processes": 150,
+    "test_processes": 80,
     "test_resume": 200,
-    "test_tpu": 200,
+    "test_tpu": 250,
     "test_truth": 250,
-    "test": 600,
+    "test": 790,
 }
 
 

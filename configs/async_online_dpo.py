@@ -42,6 +42,7 @@ def stale() -> ConfigDict:
     """N = 64: as many episodes, in four rounds of generation."""
     config = get_config()
     config.name = "online_dpo_stale"
+    config.rollout.lag = 0  # generation and training in turn: the 64 updates alone make samples old
     config.rollout.prompts_per_step = 256 * 64
     config.batch.minibatches = 64
     config.steps = 4

@@ -98,7 +98,7 @@ class Console:
         if f"{split}/score_low" in metrics:
             text += f", 95 % interval {value('score_low', '.3f')} to {value('score_high', '.3f')}"
         if f"{split}/n" in metrics:
-            text += f", {value('n', 'd')} problems"
+            text += f", {value('n', 'd')} {'rows of text' if f'{split}/nll' in metrics else 'problems'}"
         self.say(text)
 
 

@@ -88,6 +88,10 @@ class MetricsWriter:
         if self._on:
             self._console.say(text)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether metrics.jsonl has this metric of this step; False on processes that write nothing."""
+        return self._on and any(record["step"] == step and name in record for record in self._metrics.records())
+
     def flush(self) -> None:
         """On an object store copies the files up; called before a checkpoint, so that no resumed run misses a step."""
         if self._on:

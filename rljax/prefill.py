@@ -14,7 +14,7 @@ from rljax.types import Prompts
 
 
 def entry_cache(model: Model, layout: Layout, entries: int, width: int, dtype: Any, *, shared: bool) -> Any:
-    """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared: one product then serves all slots.
+    """[L, Q, K, P, H], or [L, K, Q, P, H] where prompts are shared.
 
     On CPUs a list of one a layer (``by_layer``).
     """

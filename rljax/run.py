@@ -11,7 +11,7 @@ import numpy as np
 from rljax.checkpoint import Checkpointer, Preemption
 from rljax.compiles import CompileCounter
 from rljax.config import Config, identity_keys, resolved
-from rljax.data.batches import DataPosition, SupervisedSource
+from rljax.data.batches import SupervisedSource
 from rljax.data_report import report_data
 from rljax.evaluate import Evaluator, report_failures, show
 from rljax.evaluate_preferences import BestOfN, PreferenceEvaluator
@@ -20,6 +20,7 @@ from rljax.metrics import MetricsWriter
 from rljax.models.decoder import Model, Params
 from rljax.models.hf_export import save_hf
 from rljax.models.hf_import import find_params, load_params
+from rljax.progress import Progress
 from rljax.rewards.runner import RewardRunner
 from rljax.rollouts import ModelReward
 from rljax.runs import check_space, is_remote, open_run, versions
@@ -29,32 +30,6 @@ from rljax.sharding import agree
 from rljax.stage_models import frozen_sources
 from rljax.stage_state import abstract_saved
 from rljax.stages import build_stage
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of it is in the checkpoint, beside the state."""
-
-    step: int = 0  # loop steps over all stages
-    stage: int = 0
-    stage_step: int = 0
-    data: DataPosition = field(default_factory=DataPosition)
-    bad_steps: int = 0  # skipped in a row
-    prompts: int = 0
-    episodes: int = 0
-    tokens: int = 0
-    best_dev: float | None = None  # the highest score on dev after a step
-    limited: dict[str, float] = field(default_factory=dict)  # what limits looked at in the last step
-    selected: dict[str, str] = field(default_factory=dict)  # hash of the rows that a stage on samples began with
-
-    def to_json(self) -> dict[str, Any]:
-        # Copies: a checkpoint is written in the background.
-        copies = {"data": list(self.data), "limited": dict(self.limited), "selected": dict(self.selected)}
-        return {**vars(self), **copies}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        return cls(**{**values, "data": DataPosition(*values["data"])})
 
 
 @dataclass

@@ -249,6 +249,10 @@ class JsonLines:
         self._file = self._local.open("ab", buffering=0)
         self.flush()
 
+    def records(self) -> list[dict[str, Any]]:
+        """What was written so far."""
+        return [json.loads(line) for line in self._local.read_text(encoding="utf-8").splitlines()]
+
     def close(self) -> None:
         self._file.close()
         self.flush()

@@ -171,13 +171,20 @@ def make_comparisons(session: Session) -> dict[str, Any]:
     Text is among them only where no reward judges completions; of a stage on what it samples, rows with a solution.
     """
     config = session.config
+    if "main" not in config.recipe:
+        return {}
     is_text = config.algorithm().rows == "text"  # or what it samples
-    if "main" not in config.recipe or (is_text and (config.reward.names or config.reward_model_from)):
+    if is_text and (config.reward.names or config.reward_model_from):
         return {}
     found = {split: split_rows(config.data, split) for split in ("dev", "test")}
     sources = {}
     for split, rows in found.items():
         if rows and _is_read(config, rows[0]):
+            known = session.model.config.max_positions
+            if config.data.row_length > known:
+                raise ConfigError(
+                    f"config.data.row_length {config.data.row_length} is more than the model's {known} positions"
+                )
             with _rows_of(_source_of(config.data, split)):
                 sources[split] = _offline_source(session, config, rows, shuffle=False)
     return sources
@@ -217,7 +224,7 @@ def make_runner(config: Config) -> RewardRunner | None:
 def make_evaluators(session: Session, runner: RewardRunner | None) -> dict[str, Evaluator]:
     """One for each held-out split that the main job has, where rewards or a reward model judge completions."""
     config = session.config
-    if runner is None and not (config.is_online and config.reward_model_from):
+    if runner is None and not ("main" in config.recipe and config.reward_model_from and config.is_online):
         return {}
     data = config.data
     found = {split: split_rows(data, split) for split in ("dev", "test")}

@@ -16,6 +16,7 @@ from rljax.offline import center_rewards, load_reference_caches, open_comparison
 from rljax.rollouts import ModelReward
 from rljax.run import Run, total_steps
 from rljax.samples import SampleWriter, open_source
+from rljax.sharding import agree
 from rljax.stage_models import frozen_sources
 from rljax.stage_state import abstract_saved, restored, saved
 from rljax.stage_steps import StepResult, collect_step, offline_step, online_step
@@ -31,11 +32,12 @@ class RunStopped(RuntimeError):
 def train(run: Run) -> None:
     """All stages of the recipe, from where the run stands. Leaves early, saved, where it was asked to (SIGTERM).
 
-    Raises RunStopped, evaluated and saved, where the last step passed a limit: also of a run that is started again,
-    which trains nothing until that limit is moved.
+    Raises RunStopped, evaluated and saved, where the last step passed a limit: also of a stopped run that is started
+    again, which trains nothing until that limit is moved.
     """
     for number, name in enumerate(run.config.recipe):
-        _stop_past_limits(run)
+        if run.progress.stopped:
+            _stop_past_limits(run)
         config = run.config.stage(name)
         done = run.progress.stage == number and run.progress.stage_step >= config.steps > 0
         if run.progress.stage > number or done:
@@ -71,8 +73,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         ranker = _ranker(run, stage) if run.runner is None else None  # where rewards judge, there is no need of it yet
         is_first = progress.step == 0 or ranker is not None
         if is_first and (config.steps > 0 or name == run.config.recipe[-1]):
-            run.evaluate("test", trees, ranker)
-            run.evaluate("dev", trees, ranker)
+            _evaluate_opening(run, trees, ranker)
         state = stage.start({tree: trees[tree] for tree in stage.trees})
         if config.steps == 0:  # a stage switched off: the next one starts from what this one did
             run.save_stage(name, state.params)
@@ -82,6 +83,7 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
         state = _one_step(run, stage, state, samples)
         leave = run.preemption.reached(progress.step)
         stopped = _passed_limit(run)
+        progress.stopped = bool(stopped)
         if progress.stage_step == config.steps:
             state = center_rewards(run, stage, state)
         last = progress.stage_step == config.steps or bool(stopped)
@@ -93,6 +95,14 @@ def _run_stage(run: Run, number: int, name: str, config: StageConfig) -> dict[st
             )
             return None
     return state.params
+
+
+def _evaluate_opening(run: Run, trees: dict[str, Params], ranker: ModelReward | None) -> None:
+    """Both splits, but for what is written: of the stage before, or of this one, cut before its first save."""
+    for split, prefix in (("test", "eval"), ("dev", "dev")):
+        written = np.asarray(run.writer.has(run.progress.step, f"{prefix}/score"))
+        if not agree(written, np.max):
+            run.evaluate(split, trees, ranker)
 
 
 def _evaluate_and_save(

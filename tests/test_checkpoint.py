@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from rljax.checkpoint import Checkpointer, CheckpointError, Preemption
+from rljax.progress import Progress
 from tests.saved_states import NAMED, abstract, assert_same, bits, flip_a_bit, largest_file, make_state, mesh, two_steps
 
 
@@ -146,3 +147,12 @@ def test_sigterm_without_peers_is_remembered_and_the_old_handler_put_back():
         signal.raise_signal(signal.SIGTERM)
         assert preemption.reached(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.fast
+def test_the_checkpoints_of_another_version_are_refused():
+    known = Progress(step=3).to_json()
+    assert Progress.from_json(known) == Progress(step=3)
+    for other in ({**known, "scores": {}}, {k: v for k, v in known.items() if k != "stopped"}):
+        with pytest.raises(CheckpointError, match="another version of rljax wrote the checkpoints"):
+            Progress.from_json(other)

@@ -1,5 +1,6 @@
 """A run whose only judge is a reward model: its held-out score is that model's, before and after training."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -44,6 +45,17 @@ def test_the_score_is_the_reward_model_s(tmp_path: Path) -> None:
     assert found[-1]["eval/n"] == len(rewards) == 8
     assert found[-1]["eval/score"] == pytest.approx(rewards.mean(), rel=1e-5)
     assert found[0]["eval/score"] != found[1]["eval/score"] != 0
+    assert_one_opening(config, tmp_path)
+
+
+def assert_one_opening(config: ConfigDict, folder: Path) -> None:
+    """Cut before the main stage's first checkpoint, the run does not measure its start again."""
+    shutil.rmtree(folder / "checkpoints" / "4")
+    with open_training(open_session(make_config(config), jax.devices()[:1])) as run:
+        assert run.progress.step == 2
+        train(run)
+    for key in ("eval/score", "dev/score"):
+        assert [record["step"] for record in lines(folder) if key in record] == [2, 4]
 
 
 def judge(run: Run) -> ModelReward:

@@ -106,3 +106,12 @@ def test_steps_that_are_not_finite_are_counted_in_a_row_and_stop_the_run(command
     newest = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda step: int(step.name))
     record = json.loads((newest / "record" / "metadata").read_text())
     assert record["position"]["bad_steps"] == 2
+
+
+def test_a_limit_that_is_lowered_stops_a_run_with_its_next_step(command, tmp_path, capsys) -> None:
+    """What was saved on the way to the end was not evaluated or exported, so the run goes on until it can be."""
+    folder = tmp_path / "run"
+    assert command("--config.steps=2", *BARE) == 0
+    assert command("--config.steps=4", "--config.limits.max_completion_length=0.5", *BARE) == 3
+    assert steps_of(folder, "train/reward") == [1, 2, 3]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped: step 3: train/completion_length is ")

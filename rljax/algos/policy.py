@@ -78,7 +78,7 @@ class PolicyConfig:
     sapo_tau: tuple[float, ...] = (1.0, 1.05)  # sapo's temperatures for positive and negative advantages
     entropy_coef: float = 0.0  # weight of the entropy bonus
     count_empty: bool = False  # means over sequences divide by all of them, also by those left out of the loss (TRL)
-    mask_truncated: bool = False  # leave truncated completions out of the loss, but not of the statistics
+    mask_truncated: bool = False  # leave truncated completions out of the loss; statistics keep them
     correction: Literal["none", "decoupled", "truncated", "masked", "two_sided"] = (
         "none"  # off-policy weight, proximal over behavior: as is (2110.00641), TIS, MIS, IcePop
     )

@@ -263,9 +263,9 @@ def _check_online(stage: StageConfig, where: str) -> None:
             f"{where}.algo.correction, such as to 'truncated'"
         )
     if r.keep_groups == "all" and r.max_rounds > 1:
-        raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; set it to 'mixed'")
+        raise ConfigError(f"{where}.rollout.max_rounds does nothing while keep_groups is 'all'; choose another")
     if r.group_size == 1 and r.keep_groups != "all":
-        raise ConfigError(f"{where}.rollout.group_size is 1, and one completion is never mixed; use 2 or more")
+        raise ConfigError(f"{where}.rollout.group_size is 1, and keep_groups compares a prompt's; use 2 or more")
     if len(r.keep_between) != 2 or not 0 <= r.keep_between[0] < r.keep_between[1] <= 1:
         raise ConfigError(f"{where}.rollout.keep_between is {r.keep_between}; give two shares, such as (0.1, 0.95)")
     if r.keep_between != (0.0, 1.0) and r.keep_groups != "mixed":

@@ -329,7 +329,10 @@ VALUES: dict[str, list[tuple[str, Any, str]]] = {
         ("optim.learning_rate", 3e-6, "2410.18252"),
         ("steps", 131_072 // 512, "2410.18252: 256 steps"),
     ],
-    "async_online_dpo:stale": [("batch.minibatches", 64, "2410.18252: N")],
+    "async_online_dpo:stale": [
+        ("batch.minibatches", 64, "2410.18252: N"),
+        ("rollout.lag", 0, "2410.18252: N alone makes samples old"),
+    ],
     "teaching_reasoning:expert_iteration": [
         ("sample_1.rollout.group_size", 96, "2403.04642: K"),
         ("learn_2.init_from", "base", "2403.04642: the initial checkpoint"),

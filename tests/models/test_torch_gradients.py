@@ -1,4 +1,4 @@
-"""Losses and gradients of a whole model against torch on copied weights (METHODS 11), leaf by leaf."""
+"""Losses and gradients of a whole model against torch on copied weights, leaf by leaf."""
 
 import shutil
 from collections.abc import Callable

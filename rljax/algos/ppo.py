@@ -85,7 +85,7 @@ def make(
         values, final = as_value(config, experience.values), as_value(config, experience.final_values)
         kl = kl_in_reward(config, experience)
         rewards = on_last_token(scores_of(config, experience), mask) - state.kl_coef * kl
-        rewards = shift(state, experience, rewards)
+        rewards = _shifted(config, state, experience, rewards)
         if token_rewards is not None:
             rewards += token_rewards(experience)
         if config.whiten_rewards:
@@ -93,7 +93,7 @@ def make(
         after = jnp.where(is_finished(experience), 0, final) if config.truncated == "bootstrap" else None
         advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=after)
         coef = state.kl_coef
-        state = updated(state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
+        state = _updated(config, state, masked_sum(kl, mask) / jnp.maximum(count_sequences(mask), 1), returns, mask)
         if config.scale_by_percentile:
             advantages = scale_by_percentile(advantages, state.returns)
         raw = advantages
@@ -104,23 +104,6 @@ def make(
         if config.mask_truncated and config.whiten_advantages == "minibatch":
             batch["sampled_mask"] = mask
         return state, jax.lax.stop_gradient(batch)
-
-    def shift(state: State, experience: Experience, rewards: Array) -> Array:
-        if not config.dense_coef:
-            return rewards
-        assert experience.dense_rewards is not None  # it is in needs
-        dense = zero_masked(experience.rollout.loss_mask, experience.dense_rewards)
-        progress = state.rollouts / config.dense_rollouts if config.dense_rollouts else 0.0
-        return shifted_rewards(rewards, dense, coef=config.dense_coef, progress=progress)
-
-    def updated(state: State, kl: Array, returns: Array, mask: Array) -> State:
-        coef, scale = state.kl_coef, state.returns
-        if config.kl_target:
-            samples = mask.shape[0]
-            coef = adaptive_kl_coef(coef, kl, target_kl=config.kl_target, horizon=config.kl_horizon, n_samples=samples)
-        if config.scale_by_percentile:
-            scale = update_percentile_scale(scale, returns, mask)
-        return State(state.rollouts + 1, coef, scale)
 
     def prepare(state: State, batch: Batch, key: Array) -> tuple[State, Batch, dict]:
         if config.whiten_advantages == "minibatch":
@@ -137,3 +120,24 @@ def make(
         return {**terms, "kl_coef": coef}
 
     return with_critic(config, Algorithm(frozenset(needs), init, targets, prepare, loss))
+
+
+def _shifted(config: Config, state: State, experience: Experience, rewards: Array) -> Array:
+    """Token rewards with those of ``dense_rewards``, whose weight fades over rollouts."""
+    if not config.dense_coef:
+        return rewards
+    assert experience.dense_rewards is not None  # it is in needs
+    dense = zero_masked(experience.rollout.loss_mask, experience.dense_rewards)
+    progress = state.rollouts / config.dense_rollouts if config.dense_rollouts else 0.0
+    return shifted_rewards(rewards, dense, coef=config.dense_coef, progress=progress)
+
+
+def _updated(config: Config, state: State, kl: Array, returns: Array, mask: Array) -> State:
+    """After a rollout whose completions have a mean KL of ``kl`` nats."""
+    coef, scale = state.kl_coef, state.returns
+    if config.kl_target:
+        samples = mask.shape[0]
+        coef = adaptive_kl_coef(coef, kl, target_kl=config.kl_target, horizon=config.kl_horizon, n_samples=samples)
+    if config.scale_by_percentile:
+        scale = update_percentile_scale(scale, returns, mask)
+    return State(state.rollouts + 1, coef, scale)
